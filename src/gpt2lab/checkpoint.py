@@ -1,0 +1,246 @@
+"""A step folder that is either whole or not there: written aside, hashed, renamed, verified, and only then rotated.
+
+    step-00000500/  model.safetensors  optimizer.safetensors  config.yaml  tokenizer.json  state.json  manifest.json
+
+It is enough by itself: ``load_model(folder)`` needs nothing outside it. The manifest lists the size and SHA-256 of every
+other file, and its own. There is no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gpt2lab.config import Setting, build_model_config, parse_recipe
+from gpt2lab.errors import CheckpointError
+from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.tokenizer import Tokenizer
+
+FORMAT = 1
+MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
+    "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json", "manifest.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified step folder, in memory.
+
+    Attributes:
+        recipe: the settings of the run that wrote it; of an imported model, its shape alone.
+        state: step, tokens and the like; empty for an imported model.
+        files: the contents that were verified.
+    """
+
+    folder: Path
+    recipe: dict[str, Setting]
+    state: dict[str, Any]
+    files: dict[str, bytes]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Put the weights into `model`, strictly."""
+        assign_weights(model, self._tensors(MODEL), str(self.folder / MODEL))
+
+    def open_model(self) -> tuple[GPT2, Tokenizer]:
+        """The model, in eval mode, and its tokenizer."""
+        with torch.device("meta"):
+            model = GPT2.from_config(build_model_config(self.recipe))
+        self.load_weights(model)
+        return model.eval(), Tokenizer.load(self.folder)
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put the optimizer's state back, by the names of the parameters."""
+        for name, tensor in self._tensors(OPTIMIZER).items():
+            parameter, _, key = name.rpartition("/")
+            target = model.get_parameter(parameter)
+            optimizer.state[target][key] = tensor.to(target.device)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return parse_safetensors(self.files[name])
+        except (KeyError, SafetensorError) as error:
+            cause = str(error) if name in self.files else "the file is not there"
+            raise CheckpointError(
+                "unusable weights", where=str(self.folder / name), cause=cause, fix="use another one"
+            ) from None
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    *,
+    recipe: str,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer | None = None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write a step folder; after a crash at any point, `folder` is whole or not there.
+
+    Args:
+        model: not wrapped by compile or a strategy, so that the names in the file are the names in the code.
+        recipe: YAML text that describes at least the model.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        _save_tensors(aside / MODEL, model.state_dict())
+        if optimizer is not None:
+            named = [
+                (f"{name}/{key}", value)
+                for name, p in model.named_parameters()
+                for key, value in optimizer.state[p].items()
+            ]
+            # Adam's step count is a CPU scalar or a tensor, SGD may hold None before its first step.
+            _save_tensors(aside / OPTIMIZER, {name: value for name, value in named if isinstance(value, Tensor)})
+        tokenizer.save(aside)
+        (aside / CONFIG).write_text(recipe, encoding="utf-8")
+        (aside / STATE).write_text(json.dumps(state or {}, indent=1))
+        write_manifest(aside, step=(state or {}).get("step"), run_id=(state or {}).get("run_id"))
+        for path in (*aside.iterdir(), aside):
+            _sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    verify(folder)
+
+
+def write_manifest(folder: Path, **about: Any) -> None:
+    """List the folder's files with their sizes and hashes, and sign the list with its own hash."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, **about, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _manifest_hash(manifest)}, indent=1))
+
+
+def verify(folder: Path) -> dict[str, bytes]:
+    """Every file of a step folder, checked against its manifest, as the bytes that were checked.
+
+    Raises:
+        CheckpointError: a file is missing, changed, or not listed, or a newer gpt2lab wrote the folder.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        signature = manifest.pop("sha256")
+        if signature != _manifest_hash(manifest):
+            raise ValueError("the manifest does not match its own hash")
+        if manifest["format"] > FORMAT:
+            fix = "update gpt2lab"
+            raise CheckpointError(
+                "newer format", where=str(folder), cause=f"format {manifest['format']} > {FORMAT}", fix=fix
+            )
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if present != set(manifest["files"]):
+            raise ValueError(f"it lists {sorted(manifest['files'])}, but there are {sorted(present)}")
+        contents = {name: (folder / name).read_bytes() for name in manifest["files"]}
+        for name, listed in manifest["files"].items():
+            found = {"size": len(contents[name]), "sha256": hashlib.sha256(contents[name]).hexdigest()}
+            if found != listed:
+                raise ValueError(f"{name} should be {listed['size']} bytes, {listed['sha256'][:12]}..., but is {found}")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fix = "copy it again, or go back to an older step folder"
+        raise CheckpointError("damaged checkpoint", where=str(folder), cause=str(error), fix=fix) from None
+    return contents
+
+
+def load(folder: Path) -> Checkpoint:
+    """A verified step folder.
+
+    Raises:
+        CheckpointError: it is damaged, or missing.
+    """
+    files = verify(folder)
+    recipe = parse_recipe(files[CONFIG].decode(), str(folder / CONFIG))
+    return Checkpoint(folder, recipe, json.loads(files[STATE]), files)
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The step folders of a run, newest first; whether they are whole is another question."""
+    return sorted((run / "checkpoints").glob("step-[0-9]*"), reverse=True)
+
+
+def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint with the highest step that verifies, and what was wrong with those above it."""
+    troubles: list[str] = []
+    for folder in step_folders(run):
+        try:
+            return load(folder), troubles
+        except CheckpointError as error:
+            troubles.append(str(error))
+    return None, troubles
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` step folders. Call it only after the newest was verified."""
+    for folder in step_folders(run)[keep:]:
+        shutil.rmtree(folder)
+
+
+def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Put tensors into a model under their names; every one must fit.
+
+    Raises:
+        CheckpointError: with the names that are missing, left over, or of another shape.
+    """
+    expected = model.state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"left over {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(
+            "weights do not fit the model", where=where, cause=shown, fix="give the config they belong to"
+        )
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(tensors, assign=meta)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors writes 0600, which locks colleagues out
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, onto the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

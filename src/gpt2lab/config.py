@@ -1,0 +1,451 @@
+"""What a run is: frozen dataclasses, with a docstring under each field that is also its ``--help``.
+
+A recipe, a layer of recipes and the flags of a command all become one list of dotted keys (``model.position``), later
+ones win, and one parser turns that list into a ``RunConfig`` or into one error that names every problem in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gpt2lab.errors import ConfigError
+
+GPT2_VOCAB_SIZE = 50257
+VOCAB_MULTIPLE = 64
+
+PRESETS: dict[str, dict[str, int]] = {
+    "124M": {"embed_dim": 768, "num_heads": 12, "num_layers": 12},
+    "355M": {"embed_dim": 1024, "num_heads": 16, "num_layers": 24},
+    "774M": {"embed_dim": 1280, "num_heads": 20, "num_layers": 36},
+    "1558M": {"embed_dim": 1600, "num_heads": 25, "num_layers": 48},
+    # For laptops and tests. The sizes of the first four count the head's 50257 rows; these are named for their width.
+    "tiny-64": {"embed_dim": 64, "num_heads": 2, "num_layers": 2, "max_seq_len": 128},
+    "tiny-128": {"embed_dim": 128, "num_heads": 4, "num_layers": 4, "max_seq_len": 256},
+    "tiny-256": {"embed_dim": 256, "num_heads": 8, "num_layers": 6, "max_seq_len": 256},
+}
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Count = Annotated[int, Field(ge=1, le=2**40)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GPT2Config:
+    """The shape of a GPT-2 and its variants. The defaults are GPT-2 124M."""
+
+    vocab_size: Count | None = None
+    """Tokens known. None: the tokenizer's number in a run, 50257 elsewhere. Stored rows are padded to a multiple of 64."""
+    max_seq_len: Count = 1024
+    """The longest context in tokens; a model with learned positions has no position beyond it."""
+    embed_dim: Count = 768
+    """Width of the residual stream."""
+    num_heads: Count = 12
+    """Query heads; must divide embed_dim."""
+    num_kv_heads: Count | None = None
+    """Key and value heads; must divide num_heads. None: num_heads (multi-head); 1: multi-query; between: grouped-query."""
+    ff_hidden_dim: Count | None = None
+    """Inner width of the MLP. None: 4 * embed_dim."""
+    num_layers: Count = 12
+    """Transformer blocks."""
+    position: Literal["learned", "rope"] = "learned"
+    """How a token knows its place: GPT-2's learned table, or rotary embeddings on queries and keys (RoPE)."""
+    rope_base: Annotated[float, Field(gt=1)] = 10000.0
+    """RoPE's base: the slowest rotation takes about 2 * pi * rope_base tokens for a turn."""
+    windows: tuple[Count | None, ...] | None = None
+    """Tokens a token may attend to, itself included, one entry a layer, tiled over the layers: [64, 64, null]. None: all."""
+    dropout: Rate = 0.0
+    """Probability of zeroing an activation while training: after embeddings, on attention weights, on both residuals."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.embed_dim % self.num_heads:
+            problems.append(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        elif self.position == "rope" and self.head_dim % 2:
+            problems.append(
+                f"rope turns pairs, but embed_dim {self.embed_dim} / num_heads {self.num_heads} = {self.head_dim} is odd"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.windows is not None and not 0 < len(self.windows) <= self.num_layers:
+            problems.append(f"windows has {len(self.windows)} entries for num_layers {self.num_layers}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return (self.num_kv_heads or self.num_heads) * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        """Inner width of the MLP."""
+        return self.ff_hidden_dim or 4 * self.embed_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Stored rows of the token embedding: a multiple of 64, because matrix products like round numbers."""
+        return -(-(self.vocab_size or GPT2_VOCAB_SIZE) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> Self:
+        """One of the named sizes, with changes: ``GPT2Config.from_preset("124M", position="rope")``.
+
+        Raises:
+            ConfigError: there is no such size.
+        """
+        return cls(**{**_preset(name), **changes})
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """What text."""
+
+    source: str = "python-docs"
+    """python-docs (the prose and source of this Python installation), tinyshakespeare, a text file, a folder, or shards."""
+    validation: str | None = None
+    """Text to validate on, like source. None: a tenth of the source is held out, whole documents where there are many."""
+    validation_tokens: Count | None = None
+    """How many tokens of the validation text to score at each validation. None: all."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimConfig:
+    """How the weights move."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019) or sgd with momentum betas[0]."""
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    """The peak, reached after warm-up."""
+    min_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """Where the cosine ends, at the last step. None: a tenth of the peak."""
+    warmup_steps: CountOrZero | None = None
+    """Steps of linear warm-up from 0. None: a fiftieth of all steps, at least 1."""
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """Decay of the running mean of the gradient and of its square."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay, on matrices only: biases and norms are left alone."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Longest gradient, as a norm over all parameters; 0 leaves it as it is."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SystemConfig:
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, then Apple's mps, then cpu."""
+    precision: Precision = "auto"
+    """Of the matrix products; weights and sums stay fp32. auto: the fastest measured here at this model's shapes."""
+    compile: bool = False
+    """Compile the model with torch.compile: slower to start, often faster to run; on a CPU it needs a C++ compiler."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """A training run: everything that decides what comes out, and where it goes."""
+
+    out: str = "runs/default"
+    """The run folder. The same command on the same folder goes on where it left off."""
+    steps: Count | None = None
+    """Optimizer steps. None: as many as `epochs` needs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training text, in place of steps. Neither given: 1."""
+    seed: CountOrZero = 1337
+    """Decides the first weights, the order of samples, dropout and the samples while training."""
+    batch_tokens: Count = 524_288
+    """Tokens an optimizer step learns from, a multiple of seq_len."""
+    micro_batch: Count | None = None
+    """Sequences in one forward pass; a step accumulates as many passes as batch_tokens needs. None: what fits and is fast."""
+    seq_len: Count | None = None
+    """Tokens in a training sequence. None: model.max_seq_len."""
+    validate_every: CountOrZero = 100
+    """Steps between validations; 0: only at the start and the end."""
+    checkpoint_every: CountOrZero = 500
+    """Steps between checkpoints; 0: only at the end. A stop by signal always writes one."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept; older ones are removed once a newer one has been verified."""
+    sample_every: CountOrZero = 0
+    """Steps between samples written to samples.jsonl; 0: only at the end."""
+    sample_prompt: str = "\n"
+    """What the samples while training start from."""
+    init_from: str | None = None
+    """A model whose weights are the start (fine-tuning): a run, a checkpoint, a Hugging Face folder or Hub name. Where no
+    model key is given, its shape is taken too."""
+    tokenizer: str | None = None
+    """bytes, chars, bpe:N (byte-pair encoding of N tokens, trained on the source), gpt2, or a folder. None: that of
+    init_from, else bytes."""
+    model: GPT2Config = GPT2Config()
+    """The model's shape."""
+    data: DataConfig = DataConfig()
+    """The text."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    system: SystemConfig = SystemConfig()
+    """The machine."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        seq_len = self.seq_len or self.model.max_seq_len
+        if seq_len > self.model.max_seq_len:
+            problems.append(f"seq_len {seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+        elif self.batch_tokens % seq_len:
+            near = max(1, round(self.batch_tokens / seq_len)) * seq_len
+            problems.append(f"batch_tokens {self.batch_tokens} is no multiple of seq_len {seq_len}; {near} is")
+        elif self.micro_batch and (self.batch_tokens // seq_len) % self.micro_batch:
+            problems.append(
+                f"micro_batch {self.micro_batch} does not divide the {self.batch_tokens // seq_len} sequences of a step"
+            )
+        if self.steps and self.epochs:
+            problems.append(f"steps {self.steps} and epochs {self.epochs} are both given; one decides the other")
+        floor, peak = self.optim.min_learning_rate, self.optim.learning_rate
+        if floor is not None and floor > peak:
+            problems.append(f"optim.min_learning_rate {floor} is above optim.learning_rate {peak}")
+        if self.steps and (self.optim.warmup_steps or 0) > self.steps:
+            problems.append(f"optim.warmup_steps {self.optim.warmup_steps} is more than steps {self.steps}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ResolvedConfig(RunConfig):
+    """A training run with nothing left open: what `plan.resolve` makes of a RunConfig."""
+
+    steps: Count = 1
+    """Optimizer steps."""
+    micro_batch: Count = 1
+    """Sequences in one forward pass."""
+    seq_len: Count = 1
+    """Tokens in a training sequence."""
+
+
+@plain_dataclass(frozen=True)
+class Setting:
+    """One value and the place it was written in, for error messages."""
+
+    value: Any
+    where: str
+
+
+def fields(config_class: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every dotted key of a config with its default and its docstring, in the order of the classes."""
+    for field in dataclasses.fields(config_class):
+        described = config_class.__pydantic_fields__[field.name]
+        if dataclasses.is_dataclass(described.default):
+            yield from fields(type(described.default), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, described.default, described.description
+    if config_class is GPT2Config:
+        yield f"{prefix}preset", None, f"A named size that the other model keys then change: {', '.join(PRESETS)}."
+
+
+def read_recipe(path: str | Path) -> dict[str, Setting]:
+    """A recipe file as dotted keys, each with its line.
+
+    Raises:
+        ConfigError: no such file, not YAML, a key twice, or something other than plain keys and values.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError("cannot read the recipe", where=str(path), cause=cause, fix=_recipe_fix(path)) from None
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str) -> dict[str, Setting]:
+    """The text of a recipe as dotted keys; `name` stands in error messages."""
+    loader = yaml.SafeLoader(text)
+    settings: dict[str, Setting] = {}
+
+    def flatten(node: yaml.Node, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            raise _recipe_error(name, node.start_mark.line, "expected `key: value` lines", "write one setting a line")
+        for key_node, value_node in node.value:
+            key, line = f"{prefix}{key_node.value}", key_node.start_mark.line
+            if key in settings or any(known.startswith(key + ".") for known in settings):
+                raise _recipe_error(name, line, f"{key} stands there twice", "keep one of the two")
+            if isinstance(value_node, yaml.MappingNode):
+                flatten(value_node, key + ".")
+            else:
+                settings[key] = Setting(loader.construct_object(value_node, deep=True), f"{name}:{line + 1}")
+
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError(
+                "cannot read the recipe", where=name, cause="it uses a YAML alias", fix="write values out"
+            )
+        root = loader.get_single_node()
+        if root is not None:
+            flatten(root, "")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        cause = getattr(error, "problem", None) or str(error)
+        line = mark.line if mark else 0
+        raise _recipe_error(
+            name, line, f"not YAML: {cause}", "mend that line; recipes/tiny.yaml shows the form"
+        ) from None
+    return settings
+
+
+def parse_flag(flag: str) -> tuple[str, Setting]:
+    """``--model.windows=[64,null]`` as a dotted key and its value; values are read as YAML, so as in a recipe.
+
+    Raises:
+        ConfigError: no ``=``, or a value that is not YAML.
+    """
+    key, equals, text = flag.removeprefix("--").partition("=")
+    key = key.replace("-", "_")
+    if not equals:
+        raise ConfigError(
+            "a flag without a value", where=flag, cause="settings are written with =", fix=f"{flag}=VALUE"
+        )
+    try:
+        value = yaml.safe_load(text) if text else text
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise ConfigError(
+            "cannot read the value", where=f"--{key}", cause=repr(text), fix="quote it, or mend it"
+        ) from None
+    return key, Setting(value, f"--{key}")
+
+
+def load_config(recipes: list[str], flags: list[str] = (), /) -> RunConfig:  # type: ignore[assignment]
+    """Recipes, then flags, layered into one config; later ones win.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    settings: dict[str, Setting] = {}
+    for recipe in recipes:
+        settings |= read_recipe(recipe)
+    settings |= dict(map(parse_flag, flags))
+    return build_config(settings)
+
+
+def build_config(settings: Mapping[str, Setting]) -> RunConfig:
+    """Dotted keys as a RunConfig: unknown keys, wrong types and impossible combinations are refused together."""
+    known = [key for key, _, _ in fields()]
+    problems = [
+        f"{setting.where}: unknown key {key}{_perhaps(key, known)}"
+        for key, setting in settings.items()
+        if key not in known
+    ]
+    values: dict[str, Any] = {}
+    preset = settings.get("model.preset")
+    if preset is not None and preset.value is not None:
+        try:
+            values |= {f"model.{key}": value for key, value in _preset(str(preset.value)).items()}
+        except ConfigError as error:
+            problems.append(f"{preset.where}: {error.cause}")
+    values |= {key: setting.value for key, setting in settings.items() if key in known and key != "model.preset"}
+    try:
+        config = TypeAdapter(RunConfig).validate_python(_nest(values))
+    except ValidationError as error:
+        problems += [_explain(details, settings) for details in error.errors()]
+    if problems:
+        raise ConfigError(
+            "bad configuration",
+            cause="; ".join(problems),
+            fix="mend what is named; `gpt2lab train --help` lists all keys",
+        )
+    return config
+
+
+def build_model_config(settings: Mapping[str, Setting]) -> GPT2Config:
+    """The model that dotted keys describe; the keys of other sections are not looked at."""
+    values = {
+        key.removeprefix("model."): setting.value for key, setting in settings.items() if key.startswith("model.")
+    }
+    try:
+        return TypeAdapter(GPT2Config).validate_python(values)
+    except ValidationError as error:
+        cause = "; ".join(
+            _explain(details | {"loc": ("model", *details["loc"])}, settings) for details in error.errors()
+        )
+        raise ConfigError("bad model configuration", cause=cause, fix="mend what is named") from None
+
+
+def to_yaml(config: Any) -> str:
+    """A config, or plain nested values, as a recipe that gives them back."""
+    values = to_dict(config) if dataclasses.is_dataclass(config) else config
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain values: what YAML and JSON hold."""
+    return {
+        name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for name, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    }
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """A config as dotted keys and values, for comparing two of them."""
+    return {key: setting.value for key, setting in parse_recipe(to_yaml(config), "config").items()}
+
+
+def _preset(name: str) -> dict[str, int]:
+    if name not in PRESETS:
+        fix = f"one of {', '.join(PRESETS)}"
+        raise ConfigError("unknown preset", where="model.preset", cause=f"no size is called {name!r}: {fix}", fix=fix)
+    return PRESETS[name]
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _perhaps(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section
+        near = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f". Perhaps you meant --{near[0]}" if near else ""
+
+
+def _explain(details: Any, settings: Mapping[str, Setting]) -> str:
+    """One of pydantic's findings in our words: the place it was written, the key, the value."""
+    names = [
+        str(part) for part in details["loc"] if not str(part).startswith(("constrained", "function", "int", "none"))
+    ]
+    key = ".".join(names[:2]) if names and names[0] in ("model", "data", "optim", "system") else ".".join(names[:1])
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if details["type"] == "value_error":
+        places = sorted({settings[k].where for k in settings if k.rpartition(".")[2] in message and k.startswith(key)})
+        return f"{', '.join(places)}: {message}" if places else message
+    where = settings[key].where if key in settings else key
+    if where == f"--{key}":
+        return f"{where}: should be {message}, not {details['input']!r}"
+    return f"{where}: {key} should be {message}, not {details['input']!r}"
+
+
+def _recipe_error(name: str, line: int, cause: str, fix: str) -> ConfigError:
+    return ConfigError("cannot read the recipe", where=f"{name}:{line + 1}", cause=cause, fix=fix)
+
+
+def _recipe_fix(path: str | Path) -> str:
+    folder = Path("recipes")
+    names = sorted(str(p) for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+    return f"perhaps {near[0]}" if near else "give the path of a YAML file; recipes/ has some to start from"

@@ -1,0 +1,1 @@
+"""What a model knows: losses on text, each token scored once."""

@@ -1,0 +1,73 @@
+"""The loss of every token of a text, each scored once, with as much context as the stride leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.loss import IGNORE
+
+_LOGIT_NUMBERS = 1 << 24  # in one forward pass: 64 MB in fp32
+
+
+def windows(num_tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Cut a text into windows: (first token, tokens, how many of their targets were scored before).
+
+    Target i is token i + 1. Each window but the first starts `stride` later than the one before and scores only its new
+    targets, each with at least ``seq_len - stride`` tokens of context; together they score every target once.
+    """
+    scored = 0
+    for start in range(0, num_tokens - 1, stride):
+        end = min(start + seq_len, num_tokens - 1)
+        if end > scored:
+            yield start, end - start, scored - start
+            scored = end
+        if end == num_tokens - 1:
+            return
+
+
+@torch.inference_mode()
+def token_losses(
+    model: GPT2, token_ids: np.ndarray, seq_len: int, stride: int | None = None, *, batch_size: int | None = None
+) -> np.ndarray:
+    """The loss in nats of each token but the first, in order: ``len(token_ids) - 1`` numbers in float64.
+
+    Args:
+        seq_len: tokens in a window.
+        stride: tokens from window to window; None: seq_len, the cheapest; 1: the most context for every token.
+        batch_size: windows in a forward pass; None: what keeps the logits small.
+    """
+    stride = stride or seq_len
+    batch_size = batch_size or max(1, _LOGIT_NUMBERS // (seq_len * model.vocab_size))
+    cuts = list(windows(len(token_ids), seq_len, stride))
+    losses = np.empty(max(0, len(token_ids) - 1))
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(cuts), batch_size):
+        group = cuts[first : first + batch_size]
+        longest = max(length for _, length, _ in group)
+        inputs = np.zeros((len(group), longest), np.int64)
+        targets = np.full((len(group), longest), IGNORE, np.int64)
+        for row, (start, length, done) in enumerate(group):
+            inputs[row, :length] = token_ids[start : start + length]
+            targets[row, done:length] = token_ids[start + done + 1 : start + length + 1]
+        result = model(torch.from_numpy(inputs).to(model.device), torch.from_numpy(targets).to(model.device))
+        for row, (start, length, done) in enumerate(group):
+            losses[start + done : start + length] = result[row, done:length].double().cpu().numpy()
+    model.train(was_training)
+    return losses
+
+
+@torch.inference_mode()
+def losses_by_position(model: GPT2, token_ids: np.ndarray, seq_len: int, max_windows: int) -> np.ndarray:
+    """The mean loss at each position of a context of `seq_len` tokens, over up to `max_windows` windows of the text.
+
+    Position p (from 0) is predicted from p + 1 tokens. Positions beyond the trained length show how a model extrapolates.
+    """
+    count = min(max_windows, (len(token_ids) - 1) // seq_len)
+    starts = np.linspace(0, len(token_ids) - 1 - seq_len, count).astype(int)
+    rows = [token_losses(model, token_ids[start : start + seq_len + 1], seq_len) for start in starts]
+    return np.mean(rows, axis=0)

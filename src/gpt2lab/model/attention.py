@@ -1,0 +1,148 @@
+"""Multi-head, grouped-query and sliding-window attention under one mask rule.
+
+Whether a token may look at another is decided by their absolute positions alone (`visible`). Training, prefill, decoding
+with a cache and windows differ only in which keys are at hand; `attend` picks the cheapest exact way to apply the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from gpt2lab.model.cache import KVCache
+
+Queries = Float[Tensor, "batch head time dim"]
+Keys = Float[Tensor, "batch kv_head key dim"]
+Rotate = Callable[[Tensor, Tensor], Tensor]
+
+SMALLEST_BLOCK = 64
+"""Queries in a block of windowed attention, at the least: smaller products waste the machine."""
+
+
+def visible(
+    q_positions: Int[Tensor, " time"], k_positions: Int[Tensor, " key"], window: int | None = None
+) -> Bool[Tensor, "time key"]:
+    """The mask rule: a token sees itself and the ``window - 1`` tokens before it, or all before it without a window."""
+    distance = q_positions[:, None] - k_positions[None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(
+    q: Queries, k: Keys, v: Keys, *, q_start: int = 0, k_start: int = 0, window: int | None = None, dropout: float = 0.0
+) -> Queries:
+    """Softmax attention of queries at positions ``q_start...`` over keys at positions ``k_start...``, scaled by 1/sqrt(dim).
+
+    Args:
+        q: queries; `head` is a multiple of `kv_head`, and consecutive query heads share a key head.
+        k: keys, and v: values.
+        window: keys each query may see, itself included. The cost is then linear in the number of keys.
+        dropout: probability of dropping an attention weight.
+    """
+    num_queries = q.shape[2]
+    if window is not None:  # what no query can see need not be read
+        out_of_reach = max(0, q_start - window + 1 - k_start)
+        k, v, k_start = k[:, :, out_of_reach:], v[:, :, out_of_reach:], k_start + out_of_reach
+    num_keys = k.shape[2]
+    if window is not None and q_start == k_start and num_queries == num_keys > 2 * max(window, SMALLEST_BLOCK):
+        return _attend_in_blocks(q, k, v, window, dropout)
+    mask = None
+    causal = q_start == k_start and num_queries == num_keys and (window is None or window >= num_keys)
+    if not causal and num_queries > 1:  # a single newest token sees every key that is left
+        q_positions = torch.arange(q_start, q_start + num_queries, device=q.device)
+        k_positions = torch.arange(k_start, k_start + num_keys, device=q.device)
+        mask = visible(q_positions, k_positions, window)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p=dropout, is_causal=causal and num_queries > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attend_in_blocks(q: Queries, k: Keys, v: Keys, window: int, dropout: float) -> Queries:
+    """Windowed self-attention in time and memory linear in its length (after Beltagy et al. 2020, arXiv:2004.05150).
+
+    Queries are cut into blocks of at least `window` tokens; no token of a block sees past the block before its own. All
+    blocks but the first then share one small mask, and become one batch.
+    """
+    batch, _, time, dim = q.shape
+    kv_heads = k.shape[1]
+    size = max(window, SMALLEST_BLOCK)
+    first = attend(q[:, :, :size], k[:, :, :size], v[:, :, :size], window=window, dropout=dropout)
+    # Padding at the end is never seen: it comes after every real token.
+    q, k, v = (F.pad(x, (0, 0, 0, -time % size)) for x in (q, k, v))
+    blocks = q.shape[2] // size - 1
+    q = q[:, :, size:].unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+    k, v = (  # (batch, kv_head, blocks, dim, 2 * size): each block's own keys and those of the block before
+        x.unfold(2, 2 * size, size).permute(0, 2, 1, 4, 3).reshape(batch * blocks, kv_heads, 2 * size, dim)
+        for x in (k, v)
+    )
+    later = attend(q, k, v, q_start=size, window=window, dropout=dropout)
+    later = later.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, later], dim=2)[:, :, :time]
+
+
+class GroupQueryAttention(nn.Module):
+    """Causal self-attention in which groups of query heads share a key and value head (Ainslie et al. 2023, 2305.13245).
+
+    ``num_kv_heads == num_heads`` is GPT-2's multi-head attention, ``num_kv_heads == 1`` multi-query attention.
+
+    Args:
+        embed_dim: width of the residual stream.
+        num_heads: query heads; must divide embed_dim.
+        num_kv_heads: key and value heads; must divide num_heads.
+        window: tokens a token may see, itself included; None: all.
+        rotate: applied to queries and keys with their positions before they are remembered; None: nothing is.
+        dropout: on attention weights and on the output, while training.
+
+    Raises:
+        ValueError: heads that do not divide.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        window: int | None = None,
+        rotate: Rotate | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
+        self.window, self.rotate = window, rotate
+        self.qkv_proj = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.attn_dropout = dropout
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time embed"],
+        positions: Int[Tensor, " time"],
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """Project, place, remember, attend, project back.
+
+        Args:
+            positions: absolute positions of the tokens of `x`, consecutive; the first is the cache's length, or 0.
+            cache: what was read before, to which this is appended.
+        """
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.rotate is not None:
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q_start = k_start = 0
+        if cache is not None:
+            q_start = cache.length
+            k, v, k_start = cache.append(k, v)
+        dropout = self.attn_dropout if self.training else 0.0
+        out = attend(q, k, v, q_start=q_start, k_start=k_start, window=self.window, dropout=dropout)
+        return self.dropout(self.output_proj(out.transpose(1, 2).flatten(2)))

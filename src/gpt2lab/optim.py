@@ -1,0 +1,38 @@
+"""Parameter groups, optimizers, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gpt2lab.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD in its fused form, with decay on matrices only: biases and norms have one dimension."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The rate of update number `step`, from 1: linear from 0 over the warm-up, then a cosine to the minimum at `steps`."""
+    peak = config.learning_rate
+    floor = peak / 10 if config.min_learning_rate is None else config.min_learning_rate
+    warmup = default_warmup(steps) if config.warmup_steps is None else config.warmup_steps
+    if step <= warmup:
+        return peak * step / max(1, warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def default_warmup(steps: int) -> int:
+    """A fiftieth of all steps, at least 1."""
+    return max(1, steps // 50)
