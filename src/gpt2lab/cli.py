@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command; return its exit code. Errors are one line on stderr, with a traceback only for ``--debug``."""
+    # OpenMP's threads wait for each other in a loop; where others use the cores too, a long wait only keeps them from work.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
     try:
         arguments = parse(argv)
@@ -102,7 +104,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             epilog=_settings_help(),
             usage=f"gpt2lab {name} [RECIPE ...] [--section.key=value ...]",
         )
-        command.add_argument("words", nargs="*", metavar="RECIPE", help="YAML files and settings; later ones win")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
     generate = add("generate", _generate, "continue a text")
@@ -160,15 +161,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     trainer.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")
     trainer.add_argument("--out", required=True, metavar="DIR", help="a folder for tokenizer.json")
 
+    if argv and argv[0] in ("train", "plan"):
+        own, recipes, flags = _settings(argv[1:])
+        known = parser.parse_args([argv[0], *own])
+        known.recipes, known.flags = recipes, flags
+        return known
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        if known.command in (_train, _plan):
-            known.words, known.flags = _settings(argv[1:])
-        else:
-            options = [option for sub in _parsers(parser) for option in sub._option_string_actions]
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
-            fix = f"perhaps you meant {near[0]}" if near else "`gpt2lab COMMAND --help` shows what there is"
-            raise ConfigError("unknown argument", where=unknown[0], cause="this command does not take it", fix=fix)
+        options = [option for sub in _parsers(parser) for option in sub._option_string_actions]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        fix = f"perhaps you meant {near[0]}" if near else "`gpt2lab COMMAND --help` shows what there is"
+        raise ConfigError("unknown argument", where=unknown[0], cause="this command does not take it", fix=fix)
     return known
 
 
@@ -177,18 +180,21 @@ def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     return [parser, *(deeper for sub in below for deeper in _parsers(sub))]
 
 
-def _settings(words: list[str]) -> tuple[list[str], list[str]]:
-    """Recipes, and settings as ``--key=value``, whether they were written with ``=`` or with a space."""
+def _settings(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """What stands after `train`: flags of the command itself, recipes, and settings, with ``=`` or with a space."""
+    own: list[str] = []
     recipes: list[str] = []
     flags: list[str] = []
-    rest = iter(word for word in words if word not in ("--json", "--debug"))
+    rest = iter(words)
     for word in rest:
-        if not word.startswith("--"):
+        if word in ("--json", "--debug", "--help", "-h"):
+            own.append(word)
+        elif not word.startswith("--"):
             recipes.append(word)
         else:
             value = None if "=" in word else next(rest, None)
             flags.append(word if value is None else f"{word}={value}")
-    return recipes, flags
+    return own, recipes, flags
 
 
 def _settings_help() -> str:
@@ -218,7 +224,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.words, getattr(arguments, "flags", []))
+    config = load_config(arguments.recipes, arguments.flags)
     from gpt2lab.train import train
 
     folder = train(config, _console(arguments))
@@ -230,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.words, getattr(arguments, "flags", []))
+    config = load_config(arguments.recipes, arguments.flags)
     from gpt2lab.run import forecast
 
     plan, settled = forecast(config)

@@ -140,7 +140,7 @@ class OptimConfig:
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay of the running mean of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay, on matrices only: biases and norms are left alone."""
+    """Decay, on matrices only: biases and norms are left alone. Decoupled in adamw; in sgd it is added to the gradient."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Longest gradient, as a norm over all parameters; 0 leaves it as it is."""
 
@@ -271,7 +271,6 @@ def read_recipe(path: str | Path) -> dict[str, Setting]:
 
 def parse_recipe(text: str, name: str) -> dict[str, Setting]:
     """The text of a recipe as dotted keys; `name` stands in error messages."""
-    loader = yaml.SafeLoader(text)
     settings: dict[str, Setting] = {}
 
     def flatten(node: yaml.Node, prefix: str) -> None:
@@ -281,7 +280,7 @@ def parse_recipe(text: str, name: str) -> dict[str, Setting]:
             key, line = f"{prefix}{key_node.value}", key_node.start_mark.line
             if key in settings or any(known.startswith(key + ".") for known in settings):
                 raise _recipe_error(name, line, f"{key} stands there twice", "keep one of the two")
-            if isinstance(value_node, yaml.MappingNode):
+            if isinstance(value_node, yaml.MappingNode) and value_node.value:
                 flatten(value_node, key + ".")
             else:
                 settings[key] = Setting(loader.construct_object(value_node, deep=True), f"{name}:{line + 1}")
@@ -291,12 +290,13 @@ def parse_recipe(text: str, name: str) -> dict[str, Setting]:
             raise ConfigError(
                 "cannot read the recipe", where=name, cause="it uses a YAML alias", fix="write values out"
             )
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is not None:
             flatten(root, "")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # YAML's own, and whatever its constructors raise on `!!int ''` and the like
         mark = getattr(error, "problem_mark", None)
         cause = getattr(error, "problem", None) or str(error)
         line = mark.line if mark else 0
@@ -320,9 +320,9 @@ def parse_flag(flag: str) -> tuple[str, Setting]:
         )
     try:
         value = yaml.safe_load(text) if text else text
-    except (yaml.YAMLError, RecursionError, ValueError):
+    except Exception:  # YAML's own, and whatever its constructors raise
         raise ConfigError(
-            "cannot read the value", where=f"--{key}", cause=repr(text), fix="quote it, or mend it"
+            "cannot read the value", where=f"--{key}", cause=f"{text!r:.80}", fix="quote it, or mend it"
         ) from None
     return key, Setting(value, f"--{key}")
 
@@ -342,11 +342,21 @@ def load_config(recipes: list[str], flags: list[str] = (), /) -> RunConfig:  # t
 
 def build_config(settings: Mapping[str, Setting]) -> RunConfig:
     """Dotted keys as a RunConfig: unknown keys, wrong types and impossible combinations are refused together."""
-    known = [key for key, _, _ in fields()]
+    defaults = {key: default for key, default, _ in fields()}
+    known = list(defaults)
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    settings = {
+        k: s for k, s in settings.items() if k not in sections or s.value not in (None, {})
+    }  # an empty `model:`
     problems = [
         f"{setting.where}: unknown key {key}{_perhaps(key, known)}"
         for key, setting in settings.items()
         if key not in known
+    ]
+    problems += [  # pydantic would read true as 1
+        f"{setting.where}: {key} should not be {setting.value}"
+        for key, setting in settings.items()
+        if isinstance(setting.value, bool) and not isinstance(defaults.get(key, False), bool)
     ]
     values: dict[str, Any] = {}
     preset = settings.get("model.preset")
@@ -418,9 +428,8 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _perhaps(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:  # the right name in the wrong section
-        near = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f". Perhaps you meant --{near[0]}" if near else ""
 
 
@@ -435,9 +444,18 @@ def _explain(details: Any, settings: Mapping[str, Setting]) -> str:
         places = sorted({settings[k].where for k in settings if k.rpartition(".")[2] in message and k.startswith(key)})
         return f"{', '.join(places)}: {message}" if places else message
     where = settings[key].where if key in settings else key
-    if where == f"--{key}":
-        return f"{where}: should be {message}, not {details['input']!r}"
-    return f"{where}: {key} should be {message}, not {details['input']!r}"
+    subject = where if where == f"--{key}" else f"{where}: {key}"
+    if details["type"] == "missing":
+        return f"{subject} is incomplete: {_show(details['input'])}"
+    return f"{subject} should be {message}, not {_show(details['input'])}"
+
+
+def _show(value: Any) -> str:
+    """A value as it may stand in one line."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a number with thousands of digits
+        return "that number"
 
 
 def _recipe_error(name: str, line: int, cause: str, fix: str) -> ConfigError:

@@ -44,6 +44,12 @@ class ResourceError(LabError, OSError):
     exit_code = 5
 
 
+class ProcessError(LabError):
+    """A process that we started died or hung."""
+
+    exit_code = 6
+
+
 class NumbersError(LabError, ArithmeticError):
     """A loss or a gradient that is not finite."""
 

@@ -149,9 +149,9 @@ class Plan:
         return [
             f"parameters   {self.parameters:,}",
             f"work         {self.flops_per_token / 1e6:,.1f} MFLOP a token, forward and backward",
-            f"memory       {size(self.memory_bytes['total'])}: {parts} (the program and its libraries come on top)",
+            f"memory       {size(self.memory_bytes['total'])}: {parts}; Python and torch come on top",
             f"KV cache     {self.kv_bytes_per_token:,} bytes a token in 16 bits",
-            f"time         {clock(self.seconds)} at least for {self.tokens:,} tokens: the products alone, at this machine's best",
+            f"time         {clock(self.seconds)} at least for {self.tokens:,} tokens: the products alone, at their best here",
         ]
 
 

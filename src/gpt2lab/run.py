@@ -29,6 +29,7 @@ from gpt2lab.system import (
     choose_device,
     choose_precision,
     describe_machine,
+    keep_freed_memory,
     make_accelerator,
     product_rate,
 )
@@ -152,6 +153,8 @@ def set_up(config: RunConfig, console: Console) -> Run:
     model = GPT2.from_config(resolved.model, generator=generator_for(resolved.seed, "weights"))
     if settled.start is not None:
         checkpoint.assign_weights(model, settled.start[0].state_dict(), str(config.init_from))
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device).train()
     accelerator = make_accelerator(resolved.system.precision, device)
     prepared_model, optimizer = accelerator.prepare(model, make_optimizer(model, resolved.optim))
@@ -231,13 +234,13 @@ def refuse_differences(config: RunConfig, stored: RunConfig, folder: Path) -> No
 
 def choose_tokenizer(
     config: RunConfig, resumed: Checkpoint | None, start: tuple[GPT2, Tokenizer] | None
-) -> str | Tokenizer:
-    """The tokenizer that a recipe names, or else that of the model it goes on from, or else bytes."""
+) -> str | Tokenizer | None:
+    """The tokenizer that a recipe names, or else that of the model it goes on from, or else what the text brings."""
     if config.tokenizer is not None:
         return config.tokenizer
     if resumed is not None:
         return Tokenizer.load(resumed.folder)
-    return start[1] if start is not None else "bytes"
+    return start[1] if start is not None else None
 
 
 def check(config: ResolvedConfig, data: Prepared) -> None:
@@ -310,14 +313,12 @@ def introduce(run: Run, derived: list[Derived]) -> None:
     """Say, once, what will run, on what, and every number that was derived."""
     config, say = run.config, run.console.say
     say(f"run      {run.folder} on {describe_machine(run.device)}, {config.system.precision}")
-    say(
-        f"text     {config.data.source}: {len(run.data.train):,} tokens to learn from, {len(run.data.validation):,} held out"
-    )
+    learn, held = len(run.data.train), len(run.data.validation)
+    say(f"text     {config.data.source}: {learn:,} tokens to learn from, {held:,} held out")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
-    say(
-        f"model    {run.model.num_parameters():,} parameters, {flops_per_token(config.model, config.seq_len) / 1e6:,.1f} MFLOP a token"
-    )
+    work = flops_per_token(config.model, config.seq_len) / 1e6
+    say(f"model    {run.model.num_parameters():,} parameters, {work:,.1f} MFLOP a token")
     passes = f"{run.batches.micro_steps} x {config.micro_batch} sequences of {config.seq_len}"
     left = f", going on after step {run.step}" if run.step else ""
     say(f"steps    {config.steps} of {config.batch_tokens:,} tokens ({passes}){left}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -85,6 +86,19 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         reset_partial_state=True
     )  # else a second run in one process keeps the first's precision
     return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks that are freed: a step asks for the same ones again, and fresh pages are slow.
+
+    1.3 to 1.5 times faster steps of small models on two cores (docs/LOG.md). Does nothing where there is no glibc.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mmap_max, trim_threshold = -4, -1  # from malloc.h
+            mallopt(mmap_max, 0)
+            mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

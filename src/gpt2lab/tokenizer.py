@@ -130,9 +130,11 @@ class Tokenizer:
         pieces = [(index, piece) for index, text in enumerate(texts) for piece in _pieces(text)]
         try:
             encoded = self._backend.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
-        except Exception:  # the library's bare Exception: a WordLevel model met an unknown word
-            unknown = sorted({char for text in texts for char in text if self._backend.token_to_id(char) is None})[:5]
-            cause = f"this tokenizer has never seen {', '.join(map(repr, unknown))}"
+        except (
+            Exception
+        ):  # half a surrogate pair, or the library's bare Exception: a WordLevel model met an unknown word
+            unknown = [char for char in sorted(set().union(*texts)) if not self._knows(char)][:5]
+            cause = f"this tokenizer has never seen {', '.join(map(ascii, unknown))}"
             raise DataError(
                 "unknown character", cause=cause, fix="leave it out, or train with tokenizer: bytes"
             ) from None
@@ -140,6 +142,9 @@ class Tokenizer:
         for (index, _), encoding in zip(pieces, encoded, strict=True):
             ids[index].append(np.array(encoding.ids, dtype=np.int32))
         return [np.concatenate(parts) if parts else np.zeros(0, np.int32) for parts in ids]
+
+    def _knows(self, char: str) -> bool:
+        return not "\ud800" <= char <= "\udfff" and self._backend.token_to_id(char) is not None
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 show as U+FFFD."""
@@ -157,7 +162,7 @@ def open_tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     if name == "chars":
         return Tokenizer.chars(texts)
     if name.startswith("bpe:"):
-        if not name[4:].isdecimal():
+        if not (name[4:].isdecimal() and len(name) <= len("bpe:") + 7):
             raise ConfigError(
                 "bad tokenizer", where="tokenizer", cause=f"{name!r} names no size", fix="such as bpe:4096"
             )
@@ -191,8 +196,15 @@ def _byte_level(model: models.Model, *, split: bool = True) -> Backend:
 
 
 def _without_specials(backend: Backend) -> Backend:
-    """The same tokenizer with no added tokens: text is ordinary text, and nothing is put around it."""
+    """The same tokenizer with no added tokens: text is ordinary text, and nothing is put around it.
+
+    Raises:
+        DataError: it changes text before it splits it, so that long texts could not be cut into pieces.
+    """
     state = json.loads(backend.to_str())
+    if state["normalizer"] is not None or '"add_prefix_space": true' in json.dumps(state["pre_tokenizer"]):
+        cause = "it normalises text or puts a space before it"
+        raise DataError("another kind of tokenizer", where=FILE, cause=cause, fix="give one of GPT-2's kind")
     vocab = state["model"].get("vocab")
     if isinstance(vocab, dict):
         vocab |= {token["content"]: token["id"] for token in state["added_tokens"]}

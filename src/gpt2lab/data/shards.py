@@ -109,18 +109,22 @@ class Prepared:
         }
 
 
-def prepare(config: DataConfig, tokenizer: str | Tokenizer, *, folder: Path | None = None) -> Prepared:
+def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
     """The text of a recipe as shards: found where they were prepared before, or prepared now.
 
     Args:
-        tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone.
+        tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone. None: that of
+            prepared shards, else bytes.
         folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer.
 
     Raises:
         DataError: the text cannot be used. ConfigError: no such tokenizer.
     """
-    if (Path(config.source) / SUMMARY).is_file():
-        return open_prepared(Path(config.source))
+    if os.path.isfile(os.path.join(config.source, SUMMARY)):
+        prepared = open_prepared(Path(config.source))
+        refuse_other_tokenizer(prepared, tokenizer)
+        return prepared
+    tokenizer = tokenizer or "bytes"
     corpus = read_corpus(config)
     if isinstance(tokenizer, str) and not is_learned(tokenizer):
         tokenizer = open_tokenizer(tokenizer)
@@ -129,9 +133,23 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer, *, folder: Path | No
         if (folder / SUMMARY).is_file():
             return open_prepared(folder)
     if isinstance(tokenizer, str):
-        tokenizer = open_tokenizer(tokenizer, (document.text for document in corpus.train))
+        alphabet = corpus.validation if tokenizer == "chars" else []  # its characters must be known too
+        tokenizer = open_tokenizer(tokenizer, (document.text for document in corpus.train + alphabet))
     write_prepared(corpus, tokenizer, folder)
     return open_prepared(folder)
+
+
+def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None) -> None:
+    """Refuse shards that were made with another tokenizer than the one that is named.
+
+    Raises:
+        DataError: they were.
+    """
+    if isinstance(tokenizer, str) and not is_learned(tokenizer):
+        tokenizer = open_tokenizer(tokenizer)
+    if isinstance(tokenizer, Tokenizer) and tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+        cause = f"these shards were made with another tokenizer, of {prepared.tokenizer.vocab_size} tokens"
+        raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave `tokenizer` out")
 
 
 def write_prepared(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
@@ -140,8 +158,8 @@ def write_prepared(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         DataError: `folder` is there already and is something else.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / SUMMARY).exists():
-        cause = "the folder is not empty, and holds no shards"
+    if folder.exists() and not (folder.is_dir() and ((folder / SUMMARY).exists() or not any(folder.iterdir()))):
+        cause = "it is there, and holds no shards"
         raise DataError("will not overwrite", where=str(folder), cause=cause, fix="give an empty or a new folder")
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     aside.mkdir(parents=True)
@@ -165,15 +183,18 @@ def open_prepared(folder: Path) -> Prepared:
         DataError: a shard is damaged or is not listed, or the tokenizer is another.
     """
     try:
-        summary: dict[str, list[dict[str, Any]]] = json.loads((folder / SUMMARY).read_text())
-    except (OSError, ValueError) as error:
+        summary = json.loads((folder / SUMMARY).read_text())
+        listed = {name: [ShardHeader(**row) for row in summary[name]] for name in ("train", "validation")}
+    except FileNotFoundError:
         fix = "prepare some with `gpt2lab data prepare SOURCE --out DIR`"
-        raise DataError("no prepared text", where=str(folder), cause=f"{SUMMARY}: {error}", fix=fix) from None
+        raise DataError("no prepared text", where=str(folder), cause=f"{SUMMARY} is not there", fix=fix) from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(folder / SUMMARY, repr(error)) from None
     tokenizer = Tokenizer.load(folder)
-    splits = {name: Shards([_shard_path(folder, name, i) for i in range(len(rows))]) for name, rows in summary.items()}
-    for name, rows in summary.items():
+    splits = {name: Shards([_shard_path(folder, name, i) for i in range(len(rows))]) for name, rows in listed.items()}
+    for name, rows in listed.items():
         for index, (row, header) in enumerate(zip(rows, splits[name].headers, strict=True)):
-            if row != asdict(header) or header.tokenizer != tokenizer.fingerprint:
+            if row != header or header.tokenizer != tokenizer.fingerprint:
                 cause = "it is not the shard, or not the tokenizer, that was prepared with the others"
                 raise _damaged(_shard_path(folder, name, index), cause)
     return Prepared(folder, tokenizer, splits["train"], splits["validation"])
@@ -231,10 +252,13 @@ def _open_shard(path: Path) -> tuple[ShardHeader, np.ndarray]:
             raise _damaged(path, f"it has {path.stat().st_size} bytes, its header says {expected}")
         if not header.tokens:
             return header, np.zeros(0, header.dtype)
-        return header, np.memmap(path, dtype=header.dtype, mode="r", offset=offset, shape=(header.tokens,))
+        ids = np.memmap(path, dtype=header.dtype, mode="r", offset=offset, shape=(header.tokens,))
+        if hashlib.sha256(ids.data).hexdigest() != header.sha256 or ids.max() >= header.vocab_size:
+            raise _damaged(path, "its ids are not the ones that were written")
+        return header, ids
     except DataError:
         raise
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
+import os
 import sysconfig
 import urllib.request
 from collections.abc import Iterator
@@ -18,76 +20,14 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TEXT_SUFFIXES = frozenset(
-    [
-        ".txt",
-        ".text",
-        ".md",
-        ".rst",
-        ".tex",
-        ".org",
-        ".py",
-        ".pyi",
-        ".ipynb",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".cs",
-        ".css",
-        ".go",
-        ".hs",
-        ".html",
-        ".htm",
-        ".java",
-        ".js",
-        ".jsx",
-        ".kt",
-        ".lua",
-        ".m",
-        ".ml",
-        ".php",
-        ".pl",
-        ".r",
-        ".rb",
-        ".rs",
-        ".scala",
-        ".sh",
-        ".sql",
-        ".swift",
-        ".ts",
-        ".tsx",
-        ".vim",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".ini",
-        ".cfg",
-        ".log",
-        ".srt",
-    ]
+    ".txt .text .md .rst .tex .org .py .pyi .ipynb .c .h .cc .cpp .hpp .cs .css .go .hs .html .htm .java .js .jsx .kt .lua .m "
+    ".ml .php .pl .r .rb .rs .scala .sh .sql .swift .ts .tsx .vim .xml .yaml .yml .toml .ini .cfg .log .srt".split()
 )
 """Files of a folder that are read as text."""
 
 _NOT_PROSE = frozenset(  # tables, tests, applications, and what some systems ship as separate packages
-    [
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "idlelib",
-        "turtledemo",
-        "lib2to3",
-        "distutils",
-        "tkinter",
-        "encodings",
-        "ensurepip",
-        "pydoc_data",
-        "msilib",
-        "__phello__",
-    ]
+    "site-packages dist-packages __pycache__ test tests idlelib turtledemo lib2to3 distutils tkinter encodings ensurepip "
+    "pydoc_data msilib __phello__".split()
 )
 HELD_OUT = 10
 """One part in this many is validation text, where none is named."""
@@ -124,16 +64,19 @@ def read_corpus(config: DataConfig) -> Corpus:
         heads = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
         tails = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
         return Corpus(heads, tails)
-    # Whole documents, drawn by a hash of their text, so that neither their names nor their order can leak or matter.
-    drawn = sorted(documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
+    # Whole documents, drawn by a hash of their text, so that neither their names nor their order matter, and a document
+    # that is there twice is not learned from and validated on.
+    by_hash: dict[bytes, list[Document]] = {}
+    for document in documents:
+        by_hash.setdefault(hashlib.sha256(document.text.encode()).digest(), []).append(document)
     wanted, held_out = sum(len(document.text) for document in documents) // HELD_OUT, []
-    for document in drawn:
+    for digest in sorted(by_hash):
         if wanted <= 0:
             break
-        held_out.append(document)
-        wanted -= len(document.text)
-    names = {document.name for document in held_out}
-    return Corpus([document for document in documents if document.name not in names], held_out)
+        held_out += (group := by_hash.pop(digest))
+        wanted -= sum(len(document.text) for document in group)
+    learned = {document.name for group in by_hash.values() for document in group}
+    return Corpus([document for document in documents if document.name in learned], held_out)
 
 
 def read_documents(source: str) -> list[Document]:
@@ -146,7 +89,7 @@ def read_documents(source: str) -> list[Document]:
         documents = list(_python_docs())
     elif source == "tinyshakespeare":
         documents = [Document(source, _tiny_shakespeare())]
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):  # unlike Path.is_dir, never an error
         documents = list(_folder(Path(source)))
     else:
         documents = [Document(Path(source).name, read_text(Path(source)))]
@@ -165,15 +108,17 @@ def read_text(path: Path) -> str:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fix = "give python-docs, tinyshakespeare, or the path of a text file or folder"
-        raise DataError("cannot read the text", where=str(path), cause=error.strerror or str(error), fix=fix) from None
+        cause = getattr(error, "strerror", None) or str(error)
+        raise DataError("cannot read the text", where=f"{path!s:.200}", cause=cause, fix=fix) from None
     if not content:
         raise DataError("no text", where=str(path), cause="the file is empty", fix="give a file with text in it")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
-        cause = f"byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8"
+        offset = error.start + len(content) - len(error.object)  # the mark at the start counts too
+        cause = f"byte 0x{content[offset]:02x} at offset {offset} is not UTF-8"
         raise DataError("not text", where=str(path), cause=cause, fix="convert it to UTF-8, or leave it out") from None
     if "\0" in text:
         cause = f"a NUL byte at offset {content.index(0)}"

@@ -67,6 +67,7 @@ def losses_by_position(model: GPT2, token_ids: np.ndarray, seq_len: int, max_win
 
     Position p (from 0) is predicted from p + 1 tokens. Positions beyond the trained length show how a model extrapolates.
     """
+    seq_len = min(seq_len, len(token_ids) - 1)
     count = min(max_windows, (len(token_ids) - 1) // seq_len)
     starts = np.linspace(0, len(token_ids) - 1 - seq_len, count).astype(int)
     rows = [token_losses(model, token_ids[start : start + seq_len + 1], seq_len) for start in starts]

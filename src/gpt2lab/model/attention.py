@@ -39,7 +39,7 @@ def attend(
 
     Args:
         q: queries; `head` is a multiple of `kv_head`, and consecutive query heads share a key head.
-        k: keys, and v: values.
+        k: keys, and v: values; the last of them is at the last query's position.
         window: keys each query may see, itself included. The cost is then linear in the number of keys.
         dropout: probability of dropping an attention weight.
     """
@@ -48,10 +48,10 @@ def attend(
         out_of_reach = max(0, q_start - window + 1 - k_start)
         k, v, k_start = k[:, :, out_of_reach:], v[:, :, out_of_reach:], k_start + out_of_reach
     num_keys = k.shape[2]
-    if window is not None and q_start == k_start and num_queries == num_keys > 2 * max(window, SMALLEST_BLOCK):
-        return _attend_in_blocks(q, k, v, window, dropout)
+    if window is not None and num_queries > 2 * max(window, SMALLEST_BLOCK):
+        return _attend_in_blocks(q, k, v, q_start - k_start, window, dropout)
     mask = None
-    causal = q_start == k_start and num_queries == num_keys and (window is None or window >= num_keys)
+    causal = q_start == k_start and (window is None or window >= num_keys)
     if not causal and num_queries > 1:  # a single newest token sees every key that is left
         q_positions = torch.arange(q_start, q_start + num_queries, device=q.device)
         k_positions = torch.arange(k_start, k_start + num_keys, device=q.device)
@@ -61,16 +61,18 @@ def attend(
     )
 
 
-def _attend_in_blocks(q: Queries, k: Keys, v: Keys, window: int, dropout: float) -> Queries:
-    """Windowed self-attention in time and memory linear in its length (after Beltagy et al. 2020, arXiv:2004.05150).
+def _attend_in_blocks(q: Queries, k: Keys, v: Keys, earlier: int, window: int, dropout: float) -> Queries:
+    """Windowed attention in time and memory linear in the queries (after Beltagy et al. 2020, arXiv:2004.05150).
 
     Queries are cut into blocks of at least `window` tokens; no token of a block sees past the block before its own. All
-    blocks but the first then share one small mask, and become one batch.
+    blocks but the first then share one small mask, and become one batch. The first has the `earlier` keys from before.
     """
     batch, _, time, dim = q.shape
     kv_heads = k.shape[1]
     size = max(window, SMALLEST_BLOCK)
-    first = attend(q[:, :, :size], k[:, :, :size], v[:, :, :size], window=window, dropout=dropout)
+    head = earlier + size
+    first = attend(q[:, :, :size], k[:, :, :head], v[:, :, :head], q_start=earlier, window=window, dropout=dropout)
+    k, v = k[:, :, earlier:], v[:, :, earlier:]
     # Padding at the end is never seen: it comes after every real token.
     q, k, v = (F.pad(x, (0, 0, 0, -time % size)) for x in (q, k, v))
     blocks = q.shape[2] // size - 1

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 ROLLBACK = 32
-"""Tokens that a windowed cache can always take back."""
+"""Tokens that a windowed cache can always take back, counted from the furthest it has been."""
 
 
 class KVCache:
@@ -49,8 +49,10 @@ class KVCache:
         """Remember `k` and `v`; return all that their queries may need, and the position of the first of it.
 
         Raises:
-            ValueError: more tokens than the capacity asked for.
+            ValueError: another batch size, or more tokens than the capacity asked for.
         """
+        if k.shape[0] != self.keys.shape[0]:
+            raise ValueError(f"a batch of {k.shape[0]} does not go on with a cache of {self.keys.shape[0]}")
         new_length = self.length + k.shape[2]
         if new_length > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens; {new_length} do not fit")
@@ -60,11 +62,11 @@ class KVCache:
             self.values[:, :, held : held + k.shape[2]] = v
             self.length = new_length
             held = new_length - self.start
-            return self.keys[:, :, :held], self.values[:, :, :held], self.start
+            return self.keys[:, :, :held].to(k.dtype), self.values[:, :, :held].to(v.dtype), self.start
         # The slots are used up: these queries see everything once more, then only the reachable tail is kept.
         start = self.start
-        k = torch.cat([self.keys[:, :, :held], k.to(self.keys.dtype)], dim=2)
-        v = torch.cat([self.values[:, :, :held], v.to(self.values.dtype)], dim=2)
+        k = torch.cat([self.keys[:, :, :held].to(k.dtype), k], dim=2)
+        v = torch.cat([self.values[:, :, :held].to(v.dtype), v], dim=2)
         kept = min(self.reach, k.shape[2])
         self.keys[:, :, :kept], self.values[:, :, :kept] = k[:, :, -kept:], v[:, :, -kept:]
         self.start, self.length = new_length - kept, new_length
@@ -76,10 +78,14 @@ class KVCache:
         Raises:
             ValueError: `length` lies ahead, or so far back that tokens a window needs are already gone.
         """
+        self.check_truncate(length)
+        self.length = length
+
+    def check_truncate(self, length: int) -> None:
+        """Raise what `truncate` would."""
         oldest_needed = 0 if self.window is None else max(0, length - self.window + 1)
         if not 0 <= length <= self.length or oldest_needed < self.start:
             raise ValueError(f"cannot roll back to {length} tokens: the cache holds {self.start} to {self.length}")
-        self.length = length
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +108,9 @@ class Cache:
         return self.layers[0].length
 
     def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on, in all layers."""
+        """Forget every token from position `length` on, in all layers or, with a ValueError, in none."""
+        for layer in self.layers:
+            layer.check_truncate(length)
         for layer in self.layers:
             layer.truncate(length)
 

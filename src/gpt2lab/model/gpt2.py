@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Literal, Self, cast
 
 import torch
@@ -64,7 +63,7 @@ class GPT2(nn.Module):
             max_seq_len=max_seq_len,
             embed_dim=embed_dim,
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads or num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
             ff_hidden_dim=ff_hidden_dim,
             num_layers=num_layers,
             position=position,
@@ -86,7 +85,7 @@ class GPT2(nn.Module):
                 GroupQueryAttention(
                     embed_dim,
                     num_heads,
-                    num_kv_heads or num_heads,
+                    num_heads if num_kv_heads is None else num_kv_heads,
                     window=windows[layer % len(windows)],
                     rotate=rotate,
                     dropout=dropout,
@@ -154,7 +153,8 @@ class GPT2(nn.Module):
                 raise ValueError(f"{length} tokens, but learned positions end at max_seq_len {self.max_seq_len}")
             x = x + self.position_embedding(positions)
         x = self.dropout(x)
-        for block, layer_cache in zip(self.layers, cache or repeat(None), strict=False):
+        layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
+        for block, layer_cache in zip(self.layers, layer_caches, strict=True):
             x = block(x, positions, layer_cache)
         # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
         logits = nn.functional.linear(self.final_norm(x), self.token_embedding.weight)[..., : self.vocab_size]

@@ -184,37 +184,39 @@ def fill(imported: Imported, folder: Path) -> None:
         for layer in (range(config.num_layers) if "{}" in ours else [0])
     }
     tensors: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
     head = None
     for name, tensor in read_tensors(folder):
         short = _PREFIX.sub("", name)
         if short == "lm_head.weight":
             head = tensor
-        elif short in ours_of:
-            ours, transposed = ours_of[short]
-            (imported.transposed if transposed else imported.loaded).append(name)
-            value = (tensor.t() if transposed else tensor).float().contiguous()
-            rows = expected[ours].shape[0]
-            if ours == "token_embedding.weight" and value.shape[0] < rows:
-                value = torch.nn.functional.pad(value, (0, 0, 0, rows - value.shape[0]))
-            tensors[ours] = value
-        else:
+        elif short not in ours_of:
             why = "the causal mask, which is a rule here" if _BUFFER.match(short) else "no part of a GPT-2"
             imported.left_over.append(f"{name} ({why})")
-    imported.missing = [theirs for theirs, (ours, _) in ours_of.items() if ours not in tensors]
-    problems = [f"missing {name}" for name in imported.missing]
-    problems += [
-        f"{name} is {tuple(t.shape)}, not {tuple(expected[name].shape)}"
-        for name, t in tensors.items()
-        if t.shape != expected[name].shape
-    ]
+        else:
+            ours, transposed = ours_of[short]
+            shape = expected[ours].shape
+            if ours == "token_embedding.weight":
+                shape = torch.Size([config.vocab_size or 0, shape[1]])
+            shape = shape[::-1] if transposed else shape
+            if tensor.shape != shape:
+                refused[short] = f"{name} is {tuple(tensor.shape)}, not {tuple(shape)}"
+            elif ours in tensors:
+                refused[short] = f"{short} is there twice, also as {name}"
+            elif not tensor.isfinite().all():
+                refused[short] = f"{name} has numbers that are not finite"
+            else:
+                (imported.transposed if transposed else imported.loaded).append(name)
+                value = (tensor.t() if transposed else tensor).float().contiguous()
+                padding = expected[ours].shape[0] - value.shape[0]
+                tensors[ours] = torch.nn.functional.pad(value, (0, 0, 0, padding)) if padding else value
+    imported.missing = [name for name, (ours, _) in ours_of.items() if ours not in tensors and name not in refused]
+    problems = [*refused.values(), *(f"missing {name}" for name in imported.missing)]
     embedding = tensors.get("token_embedding.weight")
     if head is not None and embedding is not None:
-        if not torch.equal(head.float(), embedding[: head.shape[0]]):
+        if not torch.equal(head.float(), embedding[: config.vocab_size]):
             problems.append("lm_head.weight is not wte.weight, but this model's head is tied")
         imported.left_over.append("lm_head.weight (tied to wte.weight)")
-    problems += [
-        f"{name} has numbers that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()
-    ]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(
@@ -246,8 +248,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if (folder / INDEX).stat().st_size > 4 * LARGEST_JSON:
+                raise ValueError("it is too large for an index")
+            names = sorted({str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 "unusable index", where=str(folder / INDEX), cause=repr(error), fix="copy it again"
             ) from None

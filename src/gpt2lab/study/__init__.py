@@ -1,0 +1,1 @@
+"""Several runs that differ in one thing each, measured side by side."""

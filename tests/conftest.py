@@ -1,0 +1,74 @@
+"""For all tests: shapes in signatures are checked, hypothesis draws the same cases every time, and data may be absent."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+from hypothesis import settings
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def says_a_shape(hint: Any) -> bool:
+    """Whether a type hint is, or holds, a jaxtyping shape."""
+    is_shape = isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)
+    return is_shape or any(map(says_a_shape, get_args(hint)))
+
+
+def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the import hook puts around each function: beartype where a signature says a shape; the rest is mypy's work."""
+    return beartype(function) if any(map(says_a_shape, function.__annotations__.values())) else function
+
+
+assert "gpt2lab" not in sys.modules, "gpt2lab was imported before the hook that checks its shapes"
+jaxtyping.install_import_hook("gpt2lab", "tests.conftest.check_shapes")
+
+torch.set_num_threads(1)  # these models are too small to share out, and one thread sums in one order
+settings.register_profile("lab", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("lab")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(1337)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """For torch.compile, which cannot read the code of the shape checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The window of every attention that went block by block since the test began."""
+    from gpt2lab.model import attention
+
+    windows: list[int] = []
+    in_blocks = attention._attend_in_blocks
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, earlier: int, window: int, dropout: float) -> Tensor:
+        windows.append(window)
+        return in_blocks(q, k, v, earlier, window, dropout)
+
+    monkeypatch.setattr(attention, "_attend_in_blocks", noted)
+    return windows
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The texts that are too large for the repository: GPT2LAB_DATA, from the root of the repository."""
+    folder = (ROOT / os.environ.get("GPT2LAB_DATA", "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: set GPT2LAB_DATA to where tinyshakespeare and gpt2-tokenizer are")
+    return folder

@@ -1,0 +1,178 @@
+"""Which text at which step: every sample once an epoch, in the same order, whoever asks and in what portions."""
+
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2lab.data.batches import Batches, epoch_samples
+from gpt2lab.errors import DataError
+from gpt2lab.seeds import derive
+from tests.reference import assert_differ, assert_same
+
+
+class Positions:
+    """A text in which every token is its own position, so that a sample says where it was cut."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        assert start >= 0 and start + length <= self.num_tokens, f"{length} tokens from {start} of {self.num_tokens}"
+        return np.arange(start, start + length)
+
+
+def batches(num_tokens: int = 1000, **changes: Any) -> Batches:
+    return Batches(Positions(num_tokens), **{"seq_len": 8, "step_samples": 4, "micro_batch": 4, "seed": 1} | changes)
+
+
+def starts(whole: Batches, count: int) -> list[int]:
+    """The first `count` samples in the order in which the ranks together learn from them."""
+    ranks = [
+        Batches(whole.shards, whole.seq_len, whole.step_samples, whole.micro_batch, whole.seed, rank, whole.world_size)
+        for rank in range(whole.world_size)
+    ]
+    drawn = (
+        start
+        for step in range(count)
+        for micro_step in range(whole.micro_steps)
+        for rank in ranks
+        for start in rank(step, micro_step)[0][:, 0].tolist()
+    )
+    return list(islice(drawn, count))
+
+
+def test_a_batch_is_a_function_of_its_arguments() -> None:
+    first, _ = batches()(3, 0)
+    again, _ = batches()(3, 0)
+    assert_same(first, again, within=0)
+    first.zero_()
+    assert_same(batches()(3, 0)[0], again, within=0, what="a batch and one that somebody wrote into")
+    for other in (batches(seed=2)(3, 0), batches()(4, 0), batches(num_tokens=2000)(3, 0)):
+        assert_differ(other[0], again, by=1, what="another seed, step or text")
+
+
+def test_the_order_of_asking_does_not_matter() -> None:
+    one = batches()
+    backwards = [one(step, 0)[0] for step in reversed(range(60))][::-1]
+    assert_same(torch.stack(backwards), torch.stack([batches()(step, 0)[0] for step in range(60)]), within=0)
+    assert_differ(backwards[0], backwards[1], by=1, what="another step")
+
+
+def test_targets_are_the_next_tokens() -> None:
+    inputs, targets = batches()(0, 0)
+    assert inputs.shape == targets.shape == (4, 8) and inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous() and targets.is_contiguous()
+    assert_same(targets, inputs + 1, within=0)
+    assert_same(inputs, inputs[:, :1] + torch.arange(8), within=0)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> dict[str, int]:
+    """A text, a sample, and a way to share a step out over ranks and micro-batches."""
+    micro_batch, micro_steps, world_size = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 4])),
+    )
+    seq_len = draw(st.integers(1, 9))
+    return {
+        "num_tokens": draw(st.integers(seq_len + 1, 30 * seq_len + 1)),
+        "seq_len": seq_len,
+        "micro_batch": micro_batch,
+        "world_size": world_size,
+        "step_samples": micro_batch * micro_steps * world_size,
+        "seed": draw(st.integers(0, 2**40)),
+    }
+
+
+@given(splits())
+def test_an_epoch_visits_every_sample_once(split: dict[str, int]) -> None:
+    whole = batches(**split)
+    count, seq_len = whole.epoch_samples, split["seq_len"]
+    drawn = starts(whole, 3 * count)
+    for epoch in (drawn[:count], drawn[count : 2 * count], drawn[2 * count :]):
+        in_place = sorted(epoch)
+        assert all(b - a == seq_len for a, b in pairwise(in_place)), "samples overlap, or text is left out between them"
+        left_over = in_place[0] + split["num_tokens"] - (in_place[-1] + seq_len)
+        assert left_over < max(2 * seq_len, 2), f"{left_over} tokens at the ends wait for another epoch"
+
+
+@given(splits())
+def test_the_samples_and_their_order_are_the_same_however_they_are_shared_out(split: dict[str, int]) -> None:
+    count = 2 * split["step_samples"] + 1
+    shared = starts(batches(**split), count)
+    alone = starts(batches(**split | {"world_size": 1, "micro_batch": split["step_samples"]}), count)
+    assert shared == alone
+
+
+def test_the_first_ranks_rows_are_not_the_second_s() -> None:
+    split = {"world_size": 2, "micro_batch": 1, "step_samples": 4}
+    rows = {
+        (rank, micro_step): batches(**split, rank=rank).sample_starts(0, micro_step)[0]
+        for rank in (0, 1)
+        for micro_step in (0, 1)
+    }
+    assert len(set(rows.values())) == 4
+    assert [rows[place] for place in [(0, 0), (1, 0), (0, 1), (1, 1)]] == batches().sample_starts(0, 0)
+    assert [rows[place] for place in [(0, 0), (0, 1), (1, 0), (1, 1)]] != batches().sample_starts(0, 0)
+
+
+def test_an_epoch_is_shuffled_and_cut_at_its_own_place() -> None:
+    whole = batches(num_tokens=4001, seq_len=40)
+    count = whole.epoch_samples
+    drawn = starts(whole, 5 * count)
+    epochs = [drawn[i * count : (i + 1) * count] for i in range(5)]
+    assert len({tuple(epoch) for epoch in epochs}) == 5 and all(epoch != sorted(epoch) for epoch in epochs)
+    assert len({min(epoch) for epoch in epochs}) > 1, "every epoch cuts the text at the same tokens"
+
+
+def test_seed_and_epoch_are_not_added_up() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        whole = batches(seed=seed, step_samples=1, micro_batch=1)
+        first = number * whole.epoch_samples
+        return [whole.sample_starts(step, 0)[0] for step in range(first, first + whole.epoch_samples)]
+
+    assert len({tuple(epoch(*pair)) for pair in [(1, 2), (2, 1), (3, 0), (0, 3)]}) == 4
+    assert sorted(np.diff(sorted(epoch(1, 2)))) == sorted(np.diff(sorted(epoch(2, 1))))
+
+
+def test_the_parts_of_a_seed_are_not_added_up() -> None:
+    parts = [
+        (7, "order", 1, 2),
+        (7, "order", 2, 1),
+        (8, "order", 0, 2),
+        (7, "order", 3),
+        (7, "order"),
+        (7, "dropout", 1, 2),
+    ]
+    assert len({derive(*part) for part in parts}) == len(parts)
+    assert derive(*parts[0]) == 9070913188414820133, "runs that were started with another numpy cannot go on"
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 8])
+def test_a_text_of_one_sample(seq_len: int) -> None:
+    whole = batches(num_tokens=seq_len + 1, seq_len=seq_len, world_size=4, micro_batch=1)
+    assert whole.epoch_samples == 1 and starts(whole, 9) == [0] * 9
+    assert_same(whole(5, 0)[1], torch.arange(1, seq_len + 1)[None], within=0)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 8])
+def test_a_text_shorter_than_a_sample_is_refused(num_tokens: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"the training text has {num_tokens} tokens, one sample needs seq_len \+ 1 = 9"
+    ):
+        batches(num_tokens=num_tokens)
+    batches(num_tokens=9)
+
+
+@pytest.mark.parametrize(("num_tokens", "samples"), [(9, 1), (16, 1), (23, 1), (24, 2), (1000, 124)])
+def test_how_many_samples_an_epoch_has(num_tokens: int, samples: int) -> None:
+    assert epoch_samples(num_tokens, 8) == batches(num_tokens).epoch_samples == samples

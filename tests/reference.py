@@ -1,0 +1,147 @@
+"""The slow definition of the model: loops over b, h, i and j, in float64. Every fast path is compared with it.
+
+Written to be read beside the papers and to share no code with the package. It is differentiable, since all it does is
+indexing and arithmetic. The conventions that are easiest to get wrong are `Rules`; a planted fault is one rule replaced.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gpt2lab.config import GPT2Config
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors of one shape."""
+    assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
+    return (a.detach().double() - b.detach().double()).abs().max().item()
+
+
+def assert_same(ours: Tensor, theirs: Tensor, within: float, what: str = "ours and theirs") -> None:
+    """Two tensors are the same up to rounding. NaN is never the same."""
+    found = difference(ours, theirs)
+    assert found <= within, f"{what} differ by {found:.3g}; {within:.3g} is allowed"
+
+
+def assert_differ(ours: Tensor, theirs: Tensor, by: float, what: str) -> None:
+    """The control: `theirs` is wrong on purpose, and the difference is far above what is forgiven; it is printed."""
+    found = difference(ours, theirs)
+    print(f"{what}: differs by {found:.3g}")
+    assert found >= by, f"{what}: differs by {found:.3g} only, so the test could not have seen it"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The conventions of attention, each a function of plain numbers."""
+
+    sees: Callable[[int, int | None], bool]
+    """(q_pos - k_pos, window): does this query see this key?"""
+    kv_head: Callable[[int, int, int], int]
+    """(query head, query heads, key heads): whose keys does it read?"""
+    pair: Callable[[int, int], tuple[int, int]]
+    """(i, dim): the two coordinates that rope's i-th angle turns, first towards second."""
+
+
+RULES = Rules(
+    sees=lambda distance, window: distance >= 0 and (window is None or distance < window),
+    kv_head=lambda head, heads, kv_heads: head // (heads // kv_heads),
+    pair=lambda i, dim: (i, i + dim // 2),
+)
+
+
+def planted_faults(heads: int, kv_heads: int, windows: Sequence[int | None], *, rope: bool = False) -> dict[str, Rules]:
+    """The rules of every bug that could show in such a model. `windows` has at least one entry; None is full attention."""
+    bounded = [window for window in windows if window is not None]
+    looks_back = any(window != 1 for window in windows)  # with windows of 1, no token meets another
+    faults = {}
+    if looks_back:
+        faults["mask on the wrong side"] = replace(RULES, sees=lambda d, w: RULES.sees(-d, w))
+    if bounded:
+        faults["window one too wide"] = replace(RULES, sees=lambda d, w: RULES.sees(d, w and w + 1))
+    if any(window > 1 for window in bounded):
+        faults["window one too narrow"] = replace(RULES, sees=lambda d, w: RULES.sees(d, w and max(1, w - 1)))
+    if kv_heads > 1:
+        faults["heads shuffled"] = replace(RULES, kv_head=lambda h, n, m: (RULES.kv_head(h, n, m) + 1) % m)
+    if 1 < kv_heads < heads:
+        faults["heads grouped in turn"] = replace(RULES, kv_head=lambda h, n, m: h % m)
+    if rope and looks_back:
+        faults["rope turns neighbours"] = replace(RULES, pair=lambda i, dim: (2 * i, 2 * i + 1))
+        faults["rope turns backwards"] = replace(RULES, pair=lambda i, dim: RULES.pair(i, dim)[::-1])
+    return faults
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_start: int = 0,
+    k_start: int = 0,
+    window: int | None = None,
+    rules: Rules = RULES,
+) -> Tensor:
+    """Queries (b, h, i, dim) at positions q_start... look at keys and values (b, kv_head, j, dim) at k_start..."""
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            kv = rules.kv_head(h, q.shape[1], k.shape[1])
+            for i in range(q.shape[2]):
+                seen = [j for j in range(k.shape[2]) if rules.sees(q_start + i - (k_start + j), window)]
+                scores = [q[b, h, i].dot(k[b, kv, j]) / math.sqrt(q.shape[3]) for j in seen]
+                weights = torch.stack(scores).softmax(dim=0)
+                out[b, h, i] = sum(weight * v[b, kv, j] for weight, j in zip(weights, seen, strict=True))
+    return out
+
+
+def rotate(x: Tensor, *, start: int = 0, base: float = 10000.0, rules: Rules = RULES) -> Tensor:
+    """RoPE: at position t, the i-th pair of coordinates turns by t * base ** (-2i / dim) radians."""
+    time, dim = x.shape[-2:]
+    t = torch.arange(start, start + time, dtype=torch.float64)
+    out = torch.zeros_like(x)
+    for i in range(dim // 2):
+        angle = t * base ** (-2 * i / dim)
+        a, b = rules.pair(i, dim)
+        out[..., a] = x[..., a] * angle.cos() - x[..., b] * angle.sin()
+        out[..., b] = x[..., b] * angle.cos() + x[..., a] * angle.sin()
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Tensor, rules: Rules = RULES) -> Tensor:
+    """The logits of a GPT-2 with these weights (a state_dict)."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    batch, time = token_ids.shape
+    dim, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads or config.num_heads
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    x = weights["token_embedding.weight"][token_ids]
+    if config.position == "learned":
+        x = x + weights["position_embedding.weight"][:time]
+    for layer in range(config.num_layers):
+        name = f"blocks.{layer}"
+        window = config.windows[layer % len(config.windows)] if config.windows else None
+        qkv = linear(norm(x, f"{name}.attn_norm"), f"{name}.attn.qkv_proj")
+        qkv = qkv.view(batch, time, heads + 2 * kv_heads, dim).transpose(1, 2)
+        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if config.position == "rope":
+            q, k = (rotate(x, base=config.rope_base, rules=rules) for x in (q, k))
+        attended = attention(q, k, v, window=window, rules=rules).transpose(1, 2).reshape(batch, time, heads * dim)
+        x = x + linear(attended, f"{name}.attn.output_proj")
+        x = x + linear(gelu(linear(norm(x, f"{name}.mlp_norm"), f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
+    return norm(x, "final_norm") @ weights["token_embedding.weight"][: config.vocab_size].T

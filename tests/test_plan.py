@@ -1,0 +1,192 @@
+"""What a run will need: formulas compared with counting, in a brute-force loop or in a real model."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt2lab.config import GPT2Config, OptimConfig, ResolvedConfig, RunConfig, SystemConfig
+from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.optim import make_optimizer
+from gpt2lab.plan import (
+    flops_per_token,
+    kv_bytes_per_token,
+    make_plan,
+    mean_visible_keys,
+    memory_bytes,
+    meta_model,
+    resolve,
+)
+
+SMALL = {"vocab_size": 61, "max_seq_len": 64, "embed_dim": 32, "num_heads": 4, "num_layers": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gqa": {"num_kv_heads": 2},
+    "mqa, rope, narrow": {"num_kv_heads": 1, "position": "rope", "ff_hidden_dim": 40},
+    "windows": {"windows": (5, None)},
+}
+each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+
+
+def resolved(model: GPT2Config, **changes: Any) -> ResolvedConfig:
+    batch = {"batch_tokens": model.max_seq_len * 8, **changes}
+    return resolve(RunConfig(model=model, **batch), 61, 10_000, "cpu", 10**10)[0]
+
+
+# --- Parameters and FLOPs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("124M", 124_439_808), ("355M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_the_published_sizes(preset: str, parameters: int) -> None:
+    assert meta_model(GPT2Config.from_preset(preset)).num_parameters() == parameters
+    assert meta_model(GPT2Config.from_preset(preset, num_kv_heads=1)).num_parameters() < parameters
+
+
+def test_flops_of_124m_by_hand() -> None:
+    width, layers, rows, seq_len = 768, 12, 50304, 1024
+    matrices = layers * (4 * width**2 + 8 * width**2) + rows * width
+    attention = layers * 2 * width * (seq_len + 1) / 2  # scores and values: a product each, over half of the square
+    assert flops_per_token(GPT2Config(), seq_len) == pytest.approx(6 * (matrices + attention), rel=1e-12)
+    assert f"{flops_per_token(GPT2Config(vocab_size=50257), 1024) / 1e6:.1f}" == "798.1"
+    assert f"{flops_per_token(GPT2Config(), 512) / 1e6:.1f}" != "798.1"
+
+
+@each_variant
+def test_flops_of_the_matrices_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    config = GPT2Config(**SMALL, **changes)
+    model, tokens = GPT2.from_config(config), torch.randint(61, (2, 33))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+    counted = sum(
+        count
+        for op, count in counter.get_flop_counts()["Global"].items()
+        if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
+    windows = config.windows or (None,)
+    attention = 12 * config.embed_dim * sum(mean_visible_keys(32, windows[layer % len(windows)]) for layer in range(2))
+    assert attention > 0 and counted == 64 * (flops_per_token(config, 32) - attention)
+
+
+@given(st.integers(1, 60), st.none() | st.integers(1, 80))
+def test_visible_keys_are_those_a_loop_counts(seq_len: int, window: int | None) -> None:
+    def count(reach: int) -> int:
+        return sum(q - k < reach for q in range(seq_len) for k in range(q + 1))
+
+    reach = seq_len if window is None else window
+    assert mean_visible_keys(seq_len, window) == pytest.approx(count(reach) / seq_len, rel=1e-12)
+    assert reach >= seq_len or mean_visible_keys(seq_len, window) != pytest.approx(
+        count(reach + 1) / seq_len, rel=1e-12
+    )
+
+
+def test_a_window_costs_less_and_one_that_sees_everything_the_same() -> None:
+    full, wide, narrow = (flops_per_token(GPT2Config(windows=w), 1024) for w in (None, (1024,), (64,)))
+    assert full == wide > narrow > flops_per_token(GPT2Config(windows=(1,)), 1024)
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_kv_heads", "expected"), [(None, 36_864), (12, 36_864), (4, 12_288), (1, 3_072)])
+def test_kv_bytes_of_124m(num_kv_heads: int | None, expected: int) -> None:
+    assert kv_bytes_per_token(GPT2Config(num_kv_heads=num_kv_heads)) == expected
+    assert kv_bytes_per_token(GPT2Config(num_kv_heads=num_kv_heads), 4) == 2 * expected
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_kv_bytes_are_what_the_cache_grows_by(num_kv_heads: int) -> None:
+    model = GPT2.from_config(GPT2Config(**SMALL, num_kv_heads=num_kv_heads))
+    grown = model.new_cache(1, 41, torch.float16).nbytes - model.new_cache(1, 40, torch.float16).nbytes
+    assert grown == kv_bytes_per_token(model.config) == 2 * 2 * num_kv_heads * 8 * 2
+
+
+@each_variant
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weights_gradients_and_optimizer_are_those_of_a_real_model(changes: dict[str, Any], name: str) -> None:
+    config = resolved(GPT2Config(**SMALL, **changes), optim=OptimConfig(name=name))
+    model = GPT2.from_config(config.model)
+    optimizer, tokens = make_optimizer(model, config.optim), torch.randint(61, (2, 33))
+    model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    optimizer.step()
+    forecast = memory_bytes(config)
+    assert forecast["weights"] == sum(p.nbytes for p in model.parameters())
+    assert forecast["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    moments = [
+        x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.dim()
+    ]
+    assert forecast["optimizer"] == sum(x.nbytes for x in moments) > 0
+    assert forecast["total"] == sum(count for part, count in forecast.items() if part != "total")
+    assert forecast["weights"] != memory_bytes(resolved(GPT2Config(**SMALL | {"num_layers": 3}, **changes)))["weights"]
+
+
+def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_precision() -> None:
+    config = resolved(GPT2Config(**SMALL), micro_batch=2)
+    one, two = memory_bytes(dataclasses.replace(config, micro_batch=1)), memory_bytes(config)
+    assert two["activations"] == 2 * one["activations"] and two["logits"] == 2 * one["logits"]
+    assert two["weights"] == one["weights"]
+    in_fp32, in_bf16 = (
+        memory_bytes(dataclasses.replace(config, system=SystemConfig(precision=precision)))
+        for precision in ("fp32", "bf16")
+    )
+    assert in_bf16["activations"] < in_fp32["activations"] and in_bf16["weights"] == in_fp32["weights"]
+
+
+# --- What a recipe leaves open ----------------------------------------------------------------------------------------
+
+
+def test_what_is_left_open_is_filled_and_said() -> None:
+    config = RunConfig(model=GPT2Config(**SMALL | {"vocab_size": None}), batch_tokens=512, epochs=2)
+    settled, derived = resolve(config, vocab_size=61, train_tokens=10_000, device="cpu", memory=10**10)
+    said = {item.key: item.value for item in derived}
+    assert said == {
+        "model.vocab_size": 61, "seq_len": 64, "steps": 39, "optim.warmup_steps": 1, "micro_batch": 8,
+        "optim.min_learning_rate": pytest.approx(6e-5),
+    }  # fmt: skip
+    assert (settled.model.vocab_size, settled.seq_len, settled.steps, settled.micro_batch) == (61, 64, 39, 8)
+    assert (settled.model.num_kv_heads, settled.model.ff_hidden_dim, settled.epochs) == (4, 128, None)
+    assert 39 == -(-2 * (10_000 // 64 - 1) // 8) and all(item.reason for item in derived)
+
+
+def test_what_is_given_is_kept() -> None:
+    optim = OptimConfig(warmup_steps=3, min_learning_rate=0.0)
+    config = RunConfig(model=GPT2Config(**SMALL), batch_tokens=512, steps=9, seq_len=32, micro_batch=2, optim=optim)
+    settled, derived = resolve(config, vocab_size=50, train_tokens=10_000, device="cpu", memory=10**10)
+    assert not derived and settled.optim == optim and settled.model.vocab_size == 61
+    assert (settled.steps, settled.seq_len, settled.micro_batch) == (9, 32, 2)
+    again, derived = resolve(settled, vocab_size=50, train_tokens=99, device="cuda", memory=10**6)
+    assert again == settled and not derived
+
+
+def test_a_micro_batch_divides_the_step_fits_and_is_not_larger_than_helps() -> None:
+    config = RunConfig(model=GPT2Config(**SMALL), batch_tokens=120 * 64, steps=9)
+    chosen = []
+    for device, memory in (("cuda", 10**10), ("cpu", 10**10), ("cpu", 4 * 10**6), ("cpu", 1)):
+        settled, _ = resolve(config, 61, 10_000, device, memory)
+        possible = [
+            n
+            for n in range(1, 121)
+            if 120 % n == 0
+            and n * 64 <= {"cpu": 4096, "cuda": 65536}[device]
+            and memory_bytes(dataclasses.replace(settled, micro_batch=n))["total"] <= memory / 2
+        ]
+        assert settled.micro_batch == max(possible, default=1)
+        chosen.append(settled.micro_batch)
+    assert chosen == sorted(set(chosen), reverse=True) and (chosen[0], chosen[1], chosen[-1]) == (120, 60, 1)
+
+
+def test_a_plan_multiplies_it_out() -> None:
+    config = resolved(GPT2Config(**SMALL), steps=10, batch_tokens=640)
+    plan = make_plan(config, rate=1e9)
+    assert (plan.tokens, plan.flops_per_token) == (6400, flops_per_token(config.model, 64))
+    assert plan.seconds == pytest.approx(6400 * plan.flops_per_token / 1e9)
+    assert plan.parameters == GPT2.from_config(config.model).num_parameters()
+    assert plan.memory_bytes == memory_bytes(config) and plan.kv_bytes_per_token == kv_bytes_per_token(config.model)
+    assert any(f"{plan.parameters:,}" in line for line in plan.lines())
+    assert make_plan(resolved(GPT2Config(**SMALL), steps=20, batch_tokens=640), rate=1e9).seconds == 2 * plan.seconds
