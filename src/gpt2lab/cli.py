@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"gpt2lab: a bug of ours: {words}. Fix: give --debug too, and report what it shows.", file=sys.stderr)
             return BUG
-        print(f"gpt2lab: {' '.join(str(ours).split())}", file=sys.stderr)
+        print(f"gpt2lab: {ours}", file=sys.stderr)
         return ours.exit_code
 
 

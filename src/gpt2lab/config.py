@@ -283,7 +283,12 @@ def parse_recipe(text: str, name: str) -> dict[str, Setting]:
             if isinstance(value_node, yaml.MappingNode) and value_node.value:
                 flatten(value_node, key + ".")
             else:
-                settings[key] = Setting(loader.construct_object(value_node, deep=True), f"{name}:{line + 1}")
+                try:
+                    value = loader.construct_object(value_node, deep=True)
+                except Exception as error:  # whatever PyYAML's constructors raise on `!!int ''` and the like
+                    cause = f"{key} cannot be read as {value_node.tag.removeprefix('tag:yaml.org,2002:')}"
+                    raise _recipe_error(name, line, cause, "write a plain value") from error
+                settings[key] = Setting(value, f"{name}:{line + 1}")
 
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
@@ -296,13 +301,14 @@ def parse_recipe(text: str, name: str) -> dict[str, Setting]:
             flatten(root, "")
     except ConfigError:
         raise
-    except Exception as error:  # YAML's own, and whatever its constructors raise on `!!int ''` and the like
-        mark = getattr(error, "problem_mark", None)
-        cause = getattr(error, "problem", None) or str(error)
-        line = mark.line if mark else 0
-        raise _recipe_error(
-            name, line, f"not YAML: {cause}", "mend that line; recipes/tiny.yaml shows the form"
-        ) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, yaml.reader.ReaderError):
+            line, cause = text.count("\n", 0, error.position), f"character #x{error.character:02x} is not allowed"
+        else:
+            mark = getattr(error, "problem_mark", None)
+            line, cause = mark.line if mark else 0, getattr(error, "problem", None) or str(error)
+        fix = "mend that line; recipes/tiny.yaml shows the form"
+        raise _recipe_error(name, line, f"not YAML: {cause}", fix) from None
     return settings
 
 
@@ -353,11 +359,8 @@ def build_config(settings: Mapping[str, Setting]) -> RunConfig:
         for key, setting in settings.items()
         if key not in known
     ]
-    problems += [  # pydantic would read true as 1
-        f"{setting.where}: {key} should not be {setting.value}"
-        for key, setting in settings.items()
-        if isinstance(setting.value, bool) and not isinstance(defaults.get(key, False), bool)
-    ]
+    booleans = _booleans(settings, defaults)
+    problems += booleans.values()
     values: dict[str, Any] = {}
     preset = settings.get("model.preset")
     if preset is not None and preset.value is not None:
@@ -365,7 +368,8 @@ def build_config(settings: Mapping[str, Setting]) -> RunConfig:
             values |= {f"model.{key}": value for key, value in _preset(str(preset.value)).items()}
         except ConfigError as error:
             problems.append(f"{preset.where}: {error.cause}")
-    values |= {key: setting.value for key, setting in settings.items() if key in known and key != "model.preset"}
+    usable = set(known) - set(booleans) - {"model.preset"}
+    values |= {key: setting.value for key, setting in settings.items() if key in usable}
     try:
         config = TypeAdapter(RunConfig).validate_python(_nest(values))
     except ValidationError as error:
@@ -381,10 +385,11 @@ def build_config(settings: Mapping[str, Setting]) -> RunConfig:
 
 def build_model_config(settings: Mapping[str, Setting]) -> GPT2Config:
     """The model that dotted keys describe; the keys of other sections are not looked at."""
-    values = {
-        key.removeprefix("model."): setting.value for key, setting in settings.items() if key.startswith("model.")
-    }
+    settings = {key: setting for key, setting in settings.items() if key.startswith("model.")}
+    values = {key.removeprefix("model."): setting.value for key, setting in settings.items()}
     try:
+        if booleans := _booleans(settings, {}):
+            raise ConfigError("bad model configuration", cause="; ".join(booleans.values()), fix="mend what is named")
         return TypeAdapter(GPT2Config).validate_python(values)
     except ValidationError as error:
         cause = "; ".join(
@@ -443,11 +448,30 @@ def _explain(details: Any, settings: Mapping[str, Setting]) -> str:
     if details["type"] == "value_error":
         places = sorted({settings[k].where for k in settings if k.rpartition(".")[2] in message and k.startswith(key)})
         return f"{', '.join(places)}: {message}" if places else message
-    where = settings[key].where if key in settings else key
-    subject = where if where == f"--{key}" else f"{where}: {key}"
+    subject = _subject(key, settings)
     if details["type"] == "missing":
         return f"{subject} is incomplete: {_show(details['input'])}"
     return f"{subject} should be {message}, not {_show(details['input'])}"
+
+
+def _booleans(settings: Mapping[str, Setting], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """A problem for each key that is true or false, or holds one, where a number or a name belongs: true is not 1."""
+    return {
+        key: f"{_subject(key, settings)} should not be {_show(setting.value)}"
+        for key, setting in settings.items()
+        if any(isinstance(value, bool) for value in _flat_list(setting.value))
+        and not isinstance(defaults.get(key), bool)
+    }
+
+
+def _flat_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _subject(key: str, settings: Mapping[str, Setting]) -> str:
+    """A key as the start of a complaint: where it was written, and its name where that does not say it."""
+    where = settings[key].where if key in settings else key
+    return where if where in (key, f"--{key}") else f"{where}: {key}"
 
 
 def _show(value: Any) -> str:

@@ -16,7 +16,8 @@ class LabError(Exception):
 
     def __init__(self, what: str, *, where: str = "", cause: str, fix: str) -> None:
         place = f" ({where})" if where else ""
-        super().__init__(f"{what}{place}: {cause.rstrip('.')}. Fix: {fix.rstrip('.')}.")
+        text = f"{what}{place}: {cause.rstrip('.')}. Fix: {fix.rstrip('.')}."
+        super().__init__(" ".join(text.split()))  # one line, whatever a library put into its own words
         self.what, self.where, self.cause, self.fix = what, where, cause, fix
 
 

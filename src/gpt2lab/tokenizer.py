@@ -26,6 +26,7 @@ FILE = "tokenizer.json"
 LARGEST_FILE = 64 * 2**20
 
 _PIECE = 1 << 16  # characters encoded at once; pieces are encoded in parallel
+_ANY_CHARACTER = r"[\s\S]"
 _SAFE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pattern always ends a token between this newline and what follows
 
 
@@ -62,7 +63,7 @@ class Tokenizer:
         characters = sorted(set().union(*texts))
         vocab = {char: index for index, char in enumerate(characters)} | {END_OF_TEXT: len(characters)}
         backend = Backend(models.WordLevel(vocab=vocab))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(_ANY_CHARACTER), "isolated")
         backend.decoder = decoders.Fuse()
         return cls(backend)
 
@@ -133,7 +134,7 @@ class Tokenizer:
         except (
             Exception
         ):  # half a surrogate pair, or the library's bare Exception: a WordLevel model met an unknown word
-            unknown = [char for char in sorted(set().union(*texts)) if not self._knows(char)][:5]
+            unknown = self._unknown(set().union(*texts))[:5]
             cause = f"this tokenizer has never seen {', '.join(map(ascii, unknown))}"
             raise DataError(
                 "unknown character", cause=cause, fix="leave it out, or train with tokenizer: bytes"
@@ -143,8 +144,10 @@ class Tokenizer:
             ids[index].append(np.array(encoding.ids, dtype=np.int32))
         return [np.concatenate(parts) if parts else np.zeros(0, np.int32) for parts in ids]
 
-    def _knows(self, char: str) -> bool:
-        return not "\ud800" <= char <= "\udfff" and self._backend.token_to_id(char) is not None
+    def _unknown(self, characters: set[str]) -> list[str]:
+        """Those that cannot be encoded: half surrogate pairs, or else what a vocabulary of characters lacks."""
+        halves = sorted(char for char in characters if "\ud800" <= char <= "\udfff")
+        return halves or sorted(char for char in characters if self._backend.token_to_id(char) is None)
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 show as U+FFFD."""
@@ -202,8 +205,11 @@ def _without_specials(backend: Backend) -> Backend:
         DataError: it changes text before it splits it, so that long texts could not be cut into pieces.
     """
     state = json.loads(backend.to_str())
-    if state["normalizer"] is not None or '"add_prefix_space": true' in json.dumps(state["pre_tokenizer"]):
-        cause = "it normalises text or puts a space before it"
+    splitter = state["pre_tokenizer"] or {}
+    ours = splitter.get("pattern") == {"Regex": _ANY_CHARACTER}
+    gpt2s = splitter.get("type") == "ByteLevel" and not splitter.get("add_prefix_space")
+    if state["normalizer"] is not None or not (ours or gpt2s):
+        cause = f"it changes text, or splits it by another rule than GPT-2's ({splitter.get('type')})"
         raise DataError("another kind of tokenizer", where=FILE, cause=cause, fix="give one of GPT-2's kind")
     vocab = state["model"].get("vocab")
     if isinstance(vocab, dict):

@@ -122,6 +122,9 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Pa
     """
     if os.path.isfile(os.path.join(config.source, SUMMARY)):
         prepared = open_prepared(Path(config.source))
+        if config.validation is not None:
+            cause = f"{config.source} is prepared text, which brings its own"
+            raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
         refuse_other_tokenizer(prepared, tokenizer)
         return prepared
     tokenizer = tokenizer or "bytes"
@@ -145,10 +148,16 @@ def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None
     Raises:
         DataError: they were.
     """
-    if isinstance(tokenizer, str) and not is_learned(tokenizer):
-        tokenizer = open_tokenizer(tokenizer)
-    if isinstance(tokenizer, Tokenizer) and tokenizer.fingerprint != prepared.tokenizer.fingerprint:
-        cause = f"these shards were made with another tokenizer, of {prepared.tokenizer.vocab_size} tokens"
+    if tokenizer is None:
+        return
+    made_with = prepared.tokenizer
+    if isinstance(tokenizer, str) and is_learned(tokenizer):  # from a text that is not at hand: its size has to do
+        differs = tokenizer not in ("chars", f"bpe:{made_with.vocab_size}")
+    else:
+        named = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        differs = named.fingerprint != made_with.fingerprint
+    if differs:
+        cause = f"these shards were made with another tokenizer, of {made_with.vocab_size} tokens"
         raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave `tokenizer` out")
 
 
