@@ -1,6 +1,7 @@
 """A step folder is whole or not there: every changed byte is found, and a writer may die at any moment."""
 
 import errno
+import functools
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +67,12 @@ def learn(model: GPT2, optimizer: torch.optim.Optimizer, update: int) -> None:
     optimizer.zero_grad()
 
 
+learner_at = functools.cache(learner)
+
+
 def write(run: Path, step: int, run_id: str = "a run") -> Path:
     """The checkpoint of a step, with weights of its own."""
-    model, optimizer = learner(step)
+    model, optimizer = learner_at(step)
     folder = step_folder(run, step)
     recipe, state = to_yaml({"model": to_dict(model.config)}), {"step": step, "run_id": run_id}
     save(folder, model, recipe=recipe, tokenizer=TOKENIZER, optimizer=optimizer, state=state)
@@ -330,7 +335,7 @@ OPERATIONS = frozenset(["open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"
 
 
 def in_a_child(work: Callable[[], None], at: Callable[[str], None] = lambda _: None) -> int:
-    """Do `work` in a forked process that calls `at` before each file-system operation; return its exit code."""
+    """Do `work` in a forked process; return its exit code. `at` is called at each operation and after each opening."""
     pid = os.fork()
     if pid == 0:
         fsync = os.fsync
@@ -339,9 +344,14 @@ def in_a_child(work: Callable[[], None], at: Callable[[str], None] = lambda _: N
             at("fsync")
             fsync(handle)
 
+        def opened(_frame: object, event: str, function: Any) -> None:
+            if event == "c_return" and function.__name__ == "open":  # a file is there, and still empty
+                at("opened")
+
         try:
             os.fsync = counted_fsync
             sys.addaudithook(lambda event, _: at(event) if event in OPERATIONS else None)
+            sys.setprofile(opened)
             work()
             os._exit(DONE)
         except (OSError, LabError):

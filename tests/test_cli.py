@@ -1,4 +1,4 @@
-"""What a person types: help without torch, one clear line for each mistake, and the fields that other programs rely on."""
+"""What a person types: help without torch, one clear line for each mistake, and the fields that programs rely on."""
 
 import errno
 import json

@@ -98,8 +98,10 @@ def test_control_a_wrong_command_is_noticed(line: str) -> None:
 
 
 def test_control_of_the_reader_of_commands() -> None:
-    page = "```sh\ngpt2lab train a.yaml \\\n  --steps=3  # three\ncd x\ngpt2lab --help | head -1\n```\n```\ngpt2lab no\n```\n"
-    assert list(commands(page)) == [["train", "a.yaml", "--steps=3"], ["--help"]]
+    page = (
+        "```sh\ngpt2lab plan a.yaml \\\n  --seed=3  # three\ncd x\ngpt2lab --help | head\n```\n```\ngpt2lab no\n```\n"
+    )
+    assert list(commands(page)) == [["plan", "a.yaml", "--seed=3"], ["--help"]]
 
 
 def paths_in(tree: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Imports flow downhill, and nothing in the package can run what it reads. Checked on the syntax trees; nothing is imported."""
+"""Imports flow downhill, and nothing in the package can run what it reads. Both are read off the syntax trees."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ PACKAGE = "gpt2lab"
 TIERS = [
     ["cli", "__main__"],
     ["serve", "study", "bench"],
-    ["train", "run", "plan", "generation", "evaluate"],
+    ["train", "run", "folder", "plan", "generation", "evaluate"],
     ["data", "checkpoint", "weights", "optim", "system", "tracking"],
     ["model"],
     ["config", "tokenizer", "errors", "paths", "seeds", "__init__"],

@@ -64,7 +64,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 
 class Witness:
-    """A console's stream. It acts once the line of a step appears, when the step is done and nothing of it is saved yet."""
+    """A console's stream. It acts once the line of a step appears: the step is done, and nothing of it is saved yet."""
 
     def __init__(self, step: int | None = None, act: Callable[[], Any] = lambda: None) -> None:
         self.step, self.act, self.text = step, act, ""
@@ -338,6 +338,25 @@ def test_accumulation_changes_nothing_but_rounding(go: Go) -> None:
     assert two == pytest.approx(four, abs=1e-6)
     # Dropout is drawn for each micro-batch, so with it one sees that the steps were really split.
     assert min(abs(a - b) for a, b in zip(losses(1, 0.1), losses(4, 0.1), strict=True)) > 1e-5
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_micro_batch(go: Go) -> None:
+    """... and for the same ones in the same way."""
+
+    def masks() -> list[str]:
+        found: list[str] = []
+
+        def note(module: nn.Module, _: Any, output: Tensor) -> None:
+            if isinstance(module, nn.Dropout) and module.training:
+                found.append(hashlib.sha256((output == 0).numpy().tobytes()).hexdigest())
+
+        hook = nn.modules.module.register_module_forward_hook(note)
+        go(steps=3, micro_batch=2, model_dropout=0.5)
+        hook.remove()
+        return found
+
+    assert len(set(masks())) == len(masks()) == 3 * 2 * 5  # steps, micro-batches, places
+    assert masks() == masks()
 
 
 # --- It learns --------------------------------------------------------------------------------------------------------

@@ -49,8 +49,17 @@ class Checkpoint:
     files: dict[str, bytes]
 
     def load_weights(self, model: nn.Module) -> None:
-        """Put the weights into `model`, strictly."""
-        assign_weights(model, self._tensors(MODEL), str(self.folder / MODEL))
+        """Put the weights into `model`, strictly.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over, of another shape, or not finite.
+        """
+        where, tensors = str(self.folder / MODEL), self._tensors(MODEL)
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            cause = f"{', '.join(bad[:5])} have numbers that are not finite"
+            raise CheckpointError("spoilt weights", where=where, cause=cause, fix="go back to an older step folder")
+        assign_weights(model, tensors, where)
 
     def open_model(self) -> tuple[GPT2, Tokenizer]:
         """The model, in eval mode, and its tokenizer."""
@@ -133,7 +142,7 @@ def write_manifest(folder: Path, **about: Any) -> None:
         if path.name != MANIFEST
     }
     manifest = {"format": FORMAT, **about, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _manifest_hash(manifest)}, indent=1))
+    (folder / MANIFEST).write_bytes(_signed(manifest))
 
 
 def verify(folder: Path) -> dict[str, bytes]:
@@ -143,9 +152,10 @@ def verify(folder: Path) -> dict[str, bytes]:
         CheckpointError: a file is missing, changed, or not listed, or a newer gpt2lab wrote the folder.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        signature = manifest.pop("sha256")
-        if signature != _manifest_hash(manifest):
+        written = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        del manifest["sha256"]
+        if written != _signed(manifest):
             raise ValueError("the manifest does not match its own hash")
         if manifest["format"] > FORMAT:
             fix = "update gpt2lab"
@@ -189,16 +199,37 @@ def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     troubles: list[str] = []
     for folder in step_folders(run):
         try:
-            return load(folder), troubles
+            found = load(folder)
+            if folder != step_folder(run, found.state.get("step", -1)):
+                raise CheckpointError(
+                    "misplaced checkpoint",
+                    where=str(folder),
+                    cause=f"it is of step {found.state.get('step')}",
+                    fix="give it back its name",
+                )
+            return found, troubles
         except CheckpointError as error:
             troubles.append(str(error))
     return None, troubles
 
 
 def rotate(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` step folders. Call it only after the newest was verified."""
-    for folder in step_folders(run)[keep:]:
-        shutil.rmtree(folder)
+    """Remove the step folders that are older than the newest `keep` whole ones."""
+    for folder in step_folders(run):
+        if keep == 0:
+            shutil.rmtree(folder)
+            continue
+        try:
+            verify(folder)
+            keep -= 1
+        except CheckpointError:  # left for whoever wants to look into it
+            continue
+
+
+def sweep(run: Path) -> None:
+    """Remove what a writer that died left half written."""
+    for aside in (run / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
@@ -242,5 +273,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _manifest_hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _signed(manifest: dict[str, Any]) -> bytes:
+    """The bytes of a manifest, its own hash at the end."""
+    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps(manifest | {"sha256": digest}, indent=1).encode()

@@ -74,6 +74,10 @@ _EXHAUSTED = {
     errno.EDQUOT: ("disk quota reached", "free some space, then give the same command again"),
     errno.EMFILE: ("too many open files", "raise the limit (ulimit -n 4096), then give the same command again"),
     errno.ENFILE: ("too many open files on this machine", "close other programs, then give the same command again"),
+    errno.EFBIG: (
+        "file too large for this disk or limit",
+        "raise the limit (ulimit -f), or use another disk with --out",
+    ),
     errno.ENOMEM: ("out of memory", "lower micro_batch, then give the same command again"),
 }
 
@@ -92,13 +96,14 @@ def as_lab_error(error: BaseException) -> LabError | None:
     if "No space left on device" in str(error):
         what, fix = _EXHAUSTED[errno.ENOSPC]
         return ResourceError(what, cause=str(error), fix=fix)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if starved or "can't allocate memory" in str(error):
         return ResourceError(
             "out of memory",
             cause=str(error).split("\n")[0] or "the system refused more",
             fix="lower micro_batch, seq_len or the model's size; `gpt2lab plan RECIPE` shows what each needs",
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ConfigError(
             "no permission",
             where=str(error.filename),

@@ -19,6 +19,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2lab"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that after a crash it is as before or whole, never half."""
+    aside = path.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
 def local_copy(name: str) -> Path | None:
     """The file or folder of that name in one of the local data folders, or None."""
     folders = [folder for folder in (os.environ.get("GPT2LAB_DATA"), *LOCAL_FOLDERS) if folder]

@@ -1,25 +1,32 @@
-"""A run before its first step: the folder, the settings, the text, the model, and where it left off."""
+"""A run before its first step: what is left open decided, the text prepared, the model built, where it left off restored."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 
 from gpt2lab import checkpoint, weights
 from gpt2lab.checkpoint import Checkpoint
-from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, build_config, flat, read_recipe, to_yaml
+from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
 from gpt2lab.data.batches import Batches, check_length
 from gpt2lab.data.shards import Prepared, prepare
-from gpt2lab.errors import CheckpointError, ConfigError, DataError
+from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.folder import (
+    check_folder,
+    inherit,
+    lock_folder,
+    open_folder,
+    read_stored,
+    refuse_differences,
+    refuse_other_text,
+)
+from gpt2lab.generation.decode import check_prompt
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.optim import make_optimizer
 from gpt2lab.plan import Derived, Plan, flops_per_token, make_plan, resolve
@@ -36,25 +43,6 @@ from gpt2lab.system import (
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.tracking import Console, JsonLines
 
-MAY_DIFFER = frozenset(
-    [
-        "out",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "sample_every",
-        "sample_prompt",
-        "micro_batch",
-        "data.source",
-        "data.validation",
-        "data.validation_tokens",
-        "system.device",
-        "system.precision",
-        "system.compile",
-    ]
-)
-"""Settings that may change when a run goes on: they do not decide what is learned (the text is compared by its content)."""
-
 
 @dataclass
 class Run:
@@ -69,6 +57,7 @@ class Run:
 
     config: ResolvedConfig
     folder: Path
+    lock: FileLock
     run_id: str
     console: Console
     device: torch.device
@@ -139,9 +128,23 @@ def set_up(config: RunConfig, console: Console) -> Run:
         LabError: settings, text, weights or folder that cannot work; nothing that was there is changed.
     """
     folder = Path(config.out)
+    check_folder(folder)
+    with ExitStack() as on_failure:
+        lock = lock_folder(folder) if folder.is_dir() else None
+        if lock is not None:
+            on_failure.callback(lock.release)
+        run = open_run(config, folder, lock, console)
+        on_failure.pop_all()
+    return run
+
+
+def open_run(config: RunConfig, folder: Path, lock: FileLock | None, console: Console) -> Run:
+    """What `set_up` does once the folder is ours, or known to be new (then it is locked when it is made)."""
     stored = read_stored(folder)
     if stored is not None:
         config = inherit(config, stored)
+        refuse_differences(config, stored, folder, except_for=frozenset(["steps", "epochs"]))  # which may be open yet
+    checkpoint.sweep(folder)
     resumed, troubles = checkpoint.latest(folder)
     for trouble in troubles:
         console.say(f"left aside: {trouble}")
@@ -149,6 +152,7 @@ def set_up(config: RunConfig, console: Console) -> Run:
     resolved, device, data = settled.config, settled.device, settled.data
     if stored is not None:
         refuse_differences(resolved, stored, folder)
+        refuse_other_text(folder, data)
 
     model = GPT2.from_config(resolved.model, generator=generator_for(resolved.seed, "weights"))
     if settled.start is not None:
@@ -158,10 +162,12 @@ def set_up(config: RunConfig, console: Console) -> Run:
     model.to(device).train()
     accelerator = make_accelerator(resolved.system.precision, device)
     prepared_model, optimizer = accelerator.prepare(model, make_optimizer(model, resolved.optim))
+    run_id = open_folder(folder, resolved, data)
     run = Run(
         config=resolved,
         folder=folder,
-        run_id=open_folder(folder, resolved),
+        lock=lock or lock_folder(folder),
+        run_id=run_id,
         console=console,
         device=device,
         tokenizer=data.tokenizer,
@@ -186,50 +192,6 @@ def set_up(config: RunConfig, console: Console) -> Run:
         log.cut_after(run.step if resumed is not None else -1)
     introduce(run, settled.derived)
     return run
-
-
-def read_stored(folder: Path) -> RunConfig | None:
-    """The settings a run folder was started with, or None for a new folder."""
-    path = folder / "config.yaml"
-    return build_config(read_recipe(path)) if path.is_file() else None
-
-
-def inherit(config: RunConfig, stored: RunConfig) -> RunConfig:
-    """What a command leaves open stays as it was when the run started, also where this machine would choose otherwise."""
-
-    def fill(given: Any, before: Any) -> Any:
-        names = [field.name for field in fields(given)]
-        open_ = {name: getattr(before, name) for name in names if getattr(given, name) in (None, "auto")}
-        return replace(given, **open_)
-
-    sections = {
-        name: fill(getattr(config, name), getattr(stored, name)) for name in ("model", "data", "optim", "system")
-    }
-    given = replace(config, **sections)
-    return replace(given, steps=config.steps or (None if config.epochs else stored.steps), **{
-        name: getattr(stored, name)
-        for name in ("micro_batch", "seq_len", "init_from", "tokenizer")
-        if getattr(config, name) is None
-    })  # fmt: skip
-
-
-def refuse_differences(config: RunConfig, stored: RunConfig, folder: Path) -> None:
-    """Refuse to go on with other settings than the folder's, listing them.
-
-    Raises:
-        CheckpointError: at least one differs that decides what is learned.
-    """
-    now, before = flat(config), flat(stored)
-    differing = [
-        f"{key} {before[key]!r} is now {now[key]!r}"
-        for key in before
-        if now[key] != before[key] and key not in MAY_DIFFER
-    ]
-    if differing:
-        fix = "give the settings it was started with, or another folder with --out=..."
-        raise CheckpointError(
-            "the run folder is of another configuration", where=str(folder), cause="; ".join(differing), fix=fix
-        )
 
 
 def choose_tokenizer(
@@ -262,46 +224,15 @@ def check(config: ResolvedConfig, data: Prepared) -> None:
             cause="nothing is left to validate on",
             fix="give more text, or data.validation",
         )
-    data.tokenizer.encode(config.sample_prompt)
-
-
-def open_folder(folder: Path, config: RunConfig) -> str:
-    """Make the run folder, or find it again; return the run's id.
-
-    Raises:
-        ConfigError: it cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        about = folder / "run.json"
-        if about.is_file() and (folder / "config.yaml").is_file():
-            return str(json.loads(about.read_text())["run_id"])
-        run_id = uuid.uuid4().hex
-        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        machine = describe_machine(choose_device(config.system.device))
-        about.write_text(
-            json.dumps({"run_id": run_id, "started": started, "command": sys.argv[1:], "machine": machine}, indent=1)
-        )
-        (folder / "config.yaml").write_text(to_yaml(replace(config, out=folder.name)), encoding="utf-8")
-        return run_id
-    except (NotADirectoryError, FileExistsError, PermissionError) as error:
-        cause = error.strerror or str(error)
-        raise ConfigError(
-            "cannot write to the run folder", where=str(folder), cause=cause, fix="choose another with --out=..."
-        ) from None
+    check_prompt(len(data.tokenizer.encode(config.sample_prompt)), config.model, "sample_prompt")
 
 
 def restore(run: Run, resumed: Checkpoint) -> None:
     """Weights, optimizer and counters of a checkpoint; order, dropout and learning rate follow from the step.
 
     Raises:
-        CheckpointError: the text is not the one the run learned from.
+        CheckpointError: they are not this model's.
     """
-    if resumed.state["data"] != run.data.train.fingerprint:
-        cause = "the text or its tokenizer is not the one this run learned from"
-        raise CheckpointError(
-            "other text", where=run.config.data.source, cause=cause, fix="give the same text, or another --out"
-        )
     resumed.load_weights(run.model)
     resumed.load_optimizer(run.model, run.optimizer)
     if run.accelerator.scaler is not None and resumed.state.get("scaler"):

@@ -124,7 +124,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 class StopSignals:
-    """SIGTERM or SIGINT asks for a stop between two steps; a second one ends the process at once.
+    """SIGTERM, SIGINT or SIGHUP asks for a stop between two steps; a second one ends the process at once.
 
     Attributes:
         received: the signal's name, or None.
@@ -136,12 +136,14 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._note) for kind in (signal.SIGTERM, signal.SIGINT)}
+            kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+            self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        for kind in self._before:
+            signal.signal(kind, signal.SIG_DFL)
 
     def __exit__(self, *exc: object) -> None:
         for kind, handler in self._before.items():

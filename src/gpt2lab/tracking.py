@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from gpt2lab.paths import write_whole
+
 
 class JsonLines:
     """A file of JSON rows, each with its ``step``, that can be cut back to an earlier step."""
@@ -33,9 +35,7 @@ class JsonLines:
         if not self.path.exists():
             return
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        aside = self.path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        aside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -55,9 +55,9 @@ class Console:
     def __init__(
         self, stream: TextIO | None = None, *, quiet: bool = False, every_seconds: float | None = None
     ) -> None:
-        self.stream = sys.stderr if stream is None else stream
-        self.quiet = quiet
-        self._live = self.stream.isatty()
+        self.stream: TextIO | None = sys.stderr if stream is None else stream
+        self.quiet = quiet or self.stream is None  # there is none where it was closed: 2>&-
+        self._live = self.stream is not None and self.stream.isatty()
         self._every = (0.2 if self._live else 5.0) if every_seconds is None else every_seconds
         self._last = float("-inf")
         self._open_line = False
@@ -79,7 +79,7 @@ class Console:
             self.say("")
 
     def _write(self, text: str) -> None:
-        if self.quiet:
+        if self.quiet or self.stream is None:
             return
         try:
             self.stream.write(text)

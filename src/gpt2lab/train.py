@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from gpt2lab import checkpoint
-from gpt2lab.config import RunConfig, to_yaml
+from gpt2lab.config import RunConfig
 from gpt2lab.errors import Interrupted, NumbersError
 from gpt2lab.evaluate.perplexity import perplexity, shard_tokens
+from gpt2lab.folder import portable_recipe
 from gpt2lab.generation import generate
 from gpt2lab.optim import learning_rate
 from gpt2lab.run import Run, set_up
@@ -33,35 +34,43 @@ def train(config: RunConfig, console: Console) -> Path:
     """
     with StopSignals() as stop:
         run = set_up(config, console)
-        first, steps = run.step, run.config.steps
-        for step in range(first, steps + 1):
-            run.step, last = step, step == steps
-            row: dict[str, Any] = {"step": step, "tokens": step * config.batch_tokens}
-            if step > first:
-                row |= train_step(run)
+        try:
+            return loop(run, stop)
+        finally:
+            run.lock.release()
 
-            # once in a while: how well does it do on text it does not learn from? (also before the first step)
-            if (step > first and (last or due(step, config.validate_every))) or step == 0:
-                row |= validate(run)
-            if step > first or step == 0:
-                run.metrics.append(row)
-                report(run, row)
 
-            # once in a while: what does it write?
-            if step > first and (last or due(step, config.sample_every)):
-                sample(run)
+def loop(run: Run, stop: StopSignals) -> Path:
+    """One step after another, in the order in which things happen."""
+    config, first, steps = run.config, run.step, run.config.steps
+    for step in range(first, steps + 1):
+        run.step, last = step, step == steps
+        row: dict[str, Any] = {"step": step, "tokens": step * config.batch_tokens}
+        if step > first:
+            row |= train_step(run)
 
-            # once in a while: nothing that was learned so far can be lost
-            if step > first and (last or stop.received or due(step, config.checkpoint_every)):
-                save(run)
-            if stop.received and not last:
-                raise Interrupted(
-                    f"stopped by {stop.received}",
-                    where=str(run.folder),
-                    cause=f"{step} of {steps} steps are done and saved",
-                    fix="give the same command again: it goes on from there",
-                )
-    console.say(f"complete: {steps} steps in {run.folder}" + (", nothing left to do" if first == steps else ""))
+        # once in a while: how well does it do on text it does not learn from? (also before the first step)
+        if (step > first and (last or due(step, config.validate_every))) or step == 0:
+            row |= validate(run)
+        if step > first or step == 0:
+            run.metrics.append(row)
+            report(run, row)
+
+        # once in a while: what does it write?
+        if step > first and (last or due(step, config.sample_every)):
+            sample(run)
+
+        # once in a while: nothing that was learned so far can be lost
+        if step > first and (last or stop.received or due(step, config.checkpoint_every)):
+            save(run)
+        if stop.received and not last:
+            raise Interrupted(
+                f"stopped by {stop.received}",
+                where=str(run.folder),
+                cause=f"{step} of {steps} steps are done and saved",
+                fix="give the same command again: it goes on from there",
+            )
+    run.console.say(f"complete: {steps} steps in {run.folder}" + (", nothing left to do" if first == steps else ""))
     return run.folder
 
 
@@ -133,11 +142,10 @@ def save(run: Run) -> None:
         "tokens": run.step * run.config.batch_tokens,
         "elapsed_seconds": run.elapsed_seconds,
         "run_id": run.run_id,
-        "data": run.data.train.fingerprint,
         "scaler": scaler.state_dict() if scaler is not None else None,
     }
     folder = checkpoint.step_folder(run.folder, run.step)
-    recipe = to_yaml(run.config)
+    recipe = portable_recipe(run.config)
     checkpoint.save(folder, run.model, optimizer=run.optimizer, recipe=recipe, tokenizer=run.tokenizer, state=state)
     checkpoint.rotate(run.folder, run.config.keep_checkpoints)
 

@@ -1,4 +1,4 @@
-"""Text from a model: with the cache it is, token for token, what it is without; stops, streams and errors are put around it."""
+"""Text from a model: with the cache it is, token for token, what it is without; stops and streams are around it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -21,7 +21,7 @@ LAST = 1 - 2**-53
 
 @st.composite
 def shares(draw: st.DrawFn) -> list[int]:
-    """A distribution over up to 8 tokens in 64ths, so that sums are exact. With ties, and with tokens of probability 0."""
+    """A distribution over up to 8 tokens in 64ths, so that sums are exact. With ties, and with zeros."""
     cuts = draw(st.lists(st.integers(0, TOTAL), max_size=7).map(sorted))
     return [high - low for low, high in zip([0, *cuts], [*cuts, TOTAL], strict=True)]
 

@@ -125,6 +125,9 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Pa
         if config.validation is not None:
             cause = f"{config.source} is prepared text, which brings its own"
             raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
+        if folder is not None:
+            fix = "train from it as it is, with data.source"
+            raise DataError("already prepared", where=config.source, cause="it is a folder of shards", fix=fix)
         refuse_other_tokenizer(prepared, tokenizer)
         return prepared
     tokenizer = tokenizer or "bytes"

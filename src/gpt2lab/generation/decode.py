@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from gpt2lab.config import GPT2Config
 from gpt2lab.errors import ConfigError
 from gpt2lab.generation.sampling import Sampler, draw, uniforms
 from gpt2lab.model.gpt2 import GPT2
@@ -75,10 +76,12 @@ def generate(
         ConfigError: an empty prompt, or one that leaves a model with learned positions no room.
         DataError: a character the tokenizer does not know.
     """
-    was_training, sampler = model.training, Sampler(temperature, top_k, top_p)
-    model.eval()
+    sampler = Sampler(temperature, top_k, top_p)
     prompt_ids = torch.from_numpy(tokenizer.encode(prompt)).long()
-    _check(prompt_ids, model, num_samples, max_new_tokens)
+    check_prompt(len(prompt_ids), model.config)
+    _check_counts(num_samples, max_new_tokens, seed)
+    was_training = model.training
+    model.eval()
     rows: list[list[int]] = [[] for _ in range(num_samples)]
     stopped = [False] * num_samples
     stream = _TextStream(tokenizer, on_text)
@@ -114,16 +117,22 @@ class _TextStream:
             self.shown = whole
 
 
-def _check(prompt_ids: Tensor, model: GPT2, num_samples: int, max_new_tokens: int) -> None:
-    if not len(prompt_ids):
-        raise ConfigError(
-            "empty prompt", where="PROMPT", cause="there is no token to go on from", fix='give some text, such as "The"'
-        )
-    if model.position_embedding is not None and len(prompt_ids) > model.max_seq_len:
-        cause = f"it has {len(prompt_ids)} tokens; this model has learned positions for {model.max_seq_len}"
-        raise ConfigError(
-            "prompt too long", where="PROMPT", cause=cause, fix=f"give at most {model.max_seq_len} tokens"
-        )
-    for flag, value in (("--num-samples", num_samples), ("--max-new-tokens", max_new_tokens)):
-        if value < 1:
-            raise ConfigError("out of range", where=flag, cause=f"{value} is too few", fix="1 or more")
+def check_prompt(num_tokens: int, config: GPT2Config, where: str = "PROMPT") -> None:
+    """Refuse a prompt that a model cannot go on from.
+
+    Raises:
+        ConfigError: it is empty, or longer than the positions that the model has.
+    """
+    if not num_tokens:
+        cause = "there is no token to go on from"
+        raise ConfigError("empty prompt", where=where, cause=cause, fix='give some text, such as "The"')
+    if config.position == "learned" and num_tokens > config.max_seq_len:
+        cause = f"it has {num_tokens} tokens; this model has learned positions for {config.max_seq_len}"
+        raise ConfigError("prompt too long", where=where, cause=cause, fix=f"give at most {config.max_seq_len} tokens")
+
+
+def _check_counts(num_samples: int, max_new_tokens: int, seed: int) -> None:
+    bounds = (("--num-samples", num_samples, 1), ("--max-new-tokens", max_new_tokens, 1), ("--seed", seed, 0))
+    for flag, value, least in bounds:
+        if value < least:
+            raise ConfigError("out of range", where=flag, cause=f"{value} is too few", fix=f"{least} or more")
