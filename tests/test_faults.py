@@ -126,14 +126,7 @@ def one_signal(kind: signal.Signals) -> Callable[[], None]:
     return work
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        signal.SIGTERM,
-        signal.SIGINT,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.xfail(strict=True, reason="a closed terminal ends it unsaved")),
-    ],
-)
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_first_signal_is_noted(kind: signal.Signals) -> None:
     assert in_a_child(one_signal(kind)) == DONE
 
@@ -143,11 +136,7 @@ def test_a_first_signal_is_noted(kind: signal.Signals) -> None:
     [
         (signal.SIGTERM, signal.SIGTERM),
         (signal.SIGINT, signal.SIGINT),
-        pytest.param(
-            signal.SIGTERM,
-            signal.SIGINT,
-            marks=pytest.mark.xfail(strict=True, reason="only a second one of the same kind ends it"),
-        ),
+        (signal.SIGTERM, signal.SIGINT),
     ],
 )
 def test_a_second_signal_ends_it_at_once(first: signal.Signals, second: signal.Signals) -> None:
@@ -172,7 +161,6 @@ def test_closed_pipes_do_not_stop_it(place: Path, whole: Path) -> None:
     assert_equal(state(place / "run"), state(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="there is no lock: both write into the same files")
 def test_a_second_process_on_the_same_folder_is_refused(place: Path) -> None:
     first = start(place)
     try:
@@ -226,7 +214,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(place: Path, whole: Path) -> N
     assert_equal(state(place / "after"), state(whole))
 
 
-@pytest.mark.xfail(strict=True, reason="EROFS is no PermissionError: `a bug of ours`")
 def test_a_read_only_folder_is_refused(place: Path) -> None:
     done = mounted("ro", '"$@"', place, *command())
     assert done.returncode == 2, done.stderr

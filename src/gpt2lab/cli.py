@@ -200,7 +200,7 @@ def _settings(words: list[str]) -> tuple[list[str], list[str], list[str]]:
 def _settings_help() -> str:
     lines = ["settings (in a recipe, or as --key=value):"]
     for key, default, text in fields():
-        shown = "" if default is None else f" [{default}]"
+        shown = "" if default is None else f" [{default!r}]" if default == "\n" else f" [{default}]"
         lines.append(f"  {key}{shown}\n      {' '.join(text.split())}")
     return "\n".join(lines)
 

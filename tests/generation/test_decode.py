@@ -247,7 +247,6 @@ def test_what_cannot_be_done_is_refused(
         generate(LEARNED, TOKENIZER, prompt, **arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="eval() is called before the prompt is checked")
 def test_a_refused_prompt_leaves_a_model_in_training() -> None:
     LEARNED.train()
     with pytest.raises(ConfigError):
@@ -255,7 +254,6 @@ def test_a_refused_prompt_leaves_a_model_in_training() -> None:
     assert LEARNED.training
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's ValueError comes through")
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ConfigError):
         generate(LEARNED, TOKENIZER, "0", seed=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,14 +61,10 @@ def token_losses(
     return losses
 
 
-@torch.inference_mode()
-def losses_by_position(model: GPT2, token_ids: np.ndarray, seq_len: int, max_windows: int) -> np.ndarray:
-    """The mean loss at each position of a context of `seq_len` tokens, over up to `max_windows` windows of the text.
+def losses_by_position(model: GPT2, token_ids: np.ndarray, seq_len: int, starts: Sequence[int]) -> np.ndarray:
+    """The mean loss at each position of contexts of `seq_len` tokens that begin at `starts`.
 
     Position p (from 0) is predicted from p + 1 tokens. Positions beyond the trained length show how a model extrapolates.
     """
-    seq_len = min(seq_len, len(token_ids) - 1)
-    count = min(max_windows, (len(token_ids) - 1) // seq_len)
-    starts = np.linspace(0, len(token_ids) - 1 - seq_len, count).astype(int)
     rows = [token_losses(model, token_ids[start : start + seq_len + 1], seq_len) for start in starts]
     return np.mean(rows, axis=0)

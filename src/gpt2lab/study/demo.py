@@ -39,6 +39,8 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
     figures.learning_curves(measured, out / "learning.png")
     figures.loss_by_position(measured, trained_len, out / "positions.png")
     tokens = (config.steps or 0) * config.batch_tokens
+    command = f"gpt2lab demo --out {out.as_posix()}"
+    environment = f"{describe_machine(choose_device('auto'))}, {config.system.precision}; {ROUNDS} rounds of speed"
     report = markdown_report(
         measured,
         unigram=unigram,
@@ -49,16 +51,18 @@ def demo(out: Path, console: Console) -> dict[str, Any]:
             "hundredth in the loss mean nothing."
         ),
         trained_len=trained_len,
-        command=f"gpt2lab demo --out {out.as_posix()}",
-        environment=f"{describe_machine(choose_device('auto'))}, {config.system.precision}; {ROUNDS} rounds of speed.",
+        command=command,
+        environment=environment,
         prompt=config.sample_prompt,
     )
     (out / "report.md").write_text(report, encoding="utf-8")
     (out / "report.html").write_text(html_report(report, out), encoding="utf-8")
     result = {
+        "command": command,
+        "environment": environment,
         "rows": [asdict(row) for row in measured],
         "unigram_perplexity": unigram,
-        "report": str(out / "report.md"),
+        "report": (out / "report.md").as_posix(),
     }
     (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     console.say(f"\n{table(measured)}\n\nunigram model: perplexity {unigram:.1f}")

@@ -18,10 +18,10 @@ from gpt2lab.study.grid import Row
 from gpt2lab.tracking import Console, read_rows
 from gpt2lab.train import train_step
 
-ROUNDS = 5
-POSITION_WINDOWS = 48
+ROUNDS = 7
+POSITION_WINDOWS = 96
 EXTRAPOLATE = 4
-SAMPLES, SAMPLE_TOKENS = 2, 120
+SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 2, 120, 0.7
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def measure(rows: list[Row], prompt: str, console: Console) -> tuple[list[Measur
     unigram = unigram_perplexity(runs[0].data.train, tokens, runs[0].tokenizer.vocab_size)
     measured = []
     console.say("measuring: loss by position, samples, cache")
-    described = [_describe(run, tokens, prompt) for run in runs]
+    described = [_describe(run, prompt) for run in runs]
     console.say(f"measuring: training speed, {ROUNDS} rounds, the rows in turn")
     speeds = alternate([_one_step(run) for run in runs], ROUNDS)  # last: it goes on training, in memory only
     for row, run, (positions, samples, kv_bytes), rates in zip(rows, runs, described, speeds, strict=True):
@@ -106,10 +106,18 @@ def _one_step(run: Run) -> Callable[[], float]:
     return step
 
 
-def _describe(run: Run, tokens: np.ndarray, prompt: str) -> tuple[list[float], list[str], int]:
+def _describe(run: Run, prompt: str) -> tuple[list[float], list[str], int]:
     model, seq_len = run.model, run.config.seq_len
-    reach = seq_len if model.position_embedding is not None else EXTRAPOLATE * seq_len
-    positions = losses_by_position(model, tokens, reach, POSITION_WINDOWS)
-    written = generate(model, run.tokenizer, prompt, num_samples=SAMPLES, max_new_tokens=SAMPLE_TOKENS)
+    text = run.data.validation
+    tokens = text.read(0, len(text))
+    longest = min(EXTRAPOLATE * seq_len, len(tokens) - 1)
+    reach = min(seq_len, longest) if model.position_embedding is not None else longest
+    # All rows are measured on the same contexts; a model without positions for the rest of them stops early.
+    count = min(POSITION_WINDOWS, (len(tokens) - 1) // longest)
+    starts = np.linspace(0, len(tokens) - 1 - longest, count).astype(int).tolist()
+    positions = losses_by_position(model, tokens, reach, starts)
+    written = generate(
+        model, run.tokenizer, prompt, num_samples=SAMPLES, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE
+    )
     cache = model.new_cache(1, seq_len, torch.bfloat16)
     return positions.tolist(), [sample.text for sample in written], cache.nbytes // seq_len

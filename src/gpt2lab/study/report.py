@@ -10,7 +10,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from gpt2lab.study.measure import Measured
+from gpt2lab.study.measure import TEMPERATURE, Measured
 from gpt2lab.tracking import size
 
 _PAGE = """<!doctype html>
@@ -23,6 +23,7 @@ body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: var(--text)
 h1 {{ line-height: 1.2; }} h2 {{ margin-top: 2.2rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+td:first-child {{ white-space: nowrap; }}
 img {{ max-width: 100%; height: auto; border-radius: 6px; background: #fff; }}
 pre {{ background: var(--panel); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap;
   font-size: 13px; }}
@@ -104,7 +105,7 @@ def markdown_report(
         f"Models were trained on contexts of {trained_len} tokens. Learned positions end there; RoPE has an angle for every "
         "position, but whether a model can use those it has never met is what the plot tells.",
         "## Samples",
-        f"Each continues {prompt!r}, temperature 0.8, the same seeds.",
+        f"Each continues `{prompt}`, temperature {TEMPERATURE}, the same seeds.",
         *(f"### {row.name}\n\n" + "\n\n".join(_fenced(prompt + sample) for sample in row.samples) for row in rows),
         "## How it was made",
         f"```sh\n{command}\n```\n\n{environment}",
