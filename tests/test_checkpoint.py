@@ -39,10 +39,11 @@ from gpt2lab.checkpoint import (
     step_folder,
     verify,
 )
-from gpt2lab.config import OptimConfig, load_config, to_dict, to_yaml
+from gpt2lab.config import OptimConfig, to_dict, to_yaml
 from gpt2lab.errors import CheckpointError, LabError
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.optim import make_optimizer
+from gpt2lab.recipe import load_config
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.train import train
 from tests.test_train import SETTINGS, Witness, assert_equal, flags, sentences, tree

@@ -13,20 +13,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from gpt2lab import cli, errors
-from gpt2lab.config import (
-    PRESETS,
-    GPT2Config,
-    RunConfig,
-    Setting,
-    build_config,
-    fields,
-    load_config,
-    parse_flag,
-    parse_recipe,
-    read_recipe,
-    to_yaml,
-)
+from gpt2lab.config import PRESETS, GPT2Config, RunConfig, fields, to_yaml
 from gpt2lab.errors import ConfigError, LabError, as_lab_error
+from gpt2lab.recipe import Setting, build_config, load_config, parse_flag, parse_recipe, read_recipe
 
 BAD = Path(__file__).parent / "bad"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from gpt2lab import cli
-from gpt2lab.config import RunConfig, load_config
+from gpt2lab.config import RunConfig
 from gpt2lab.errors import ConfigError
+from gpt2lab.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpt2lab import checkpoint
-from gpt2lab.config import load_config
+from gpt2lab.recipe import load_config
 from gpt2lab.system import StopSignals
 from gpt2lab.tracking import read_rows
 from gpt2lab.train import train

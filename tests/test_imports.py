@@ -16,7 +16,7 @@ TIERS = [
     ["train", "run", "folder", "plan", "generation", "evaluate"],
     ["data", "checkpoint", "weights", "optim", "system", "tracking"],
     ["model"],
-    ["config", "tokenizer", "errors", "paths", "seeds", "__init__"],
+    ["config", "recipe", "tokenizer", "errors", "paths", "seeds", "__init__"],
 ]
 """From the top of the hill down: a module imports from its own tier and those below."""
 

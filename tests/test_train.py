@@ -16,9 +16,10 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor, nn
 
 from gpt2lab import checkpoint, cli
-from gpt2lab.config import RunConfig, load_config
+from gpt2lab.config import RunConfig
 from gpt2lab.errors import CheckpointError, Interrupted, LabError, NumbersError
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.recipe import load_config
 from gpt2lab.tracking import Console
 from gpt2lab.train import train
 from gpt2lab.weights import open_model
@@ -513,6 +514,6 @@ def test_a_folder_that_cannot_be_is_refused_before_the_text_is_prepared(go: Go, 
     fresh, prepared = tmp_path / "fresh.txt", text.parent / "cache" / "prepared"
     fresh.write_text(sentences(seed=2))
     before = set(prepared.iterdir())
-    with pytest.raises(LabError, match="cannot write to the run folder"):
+    with pytest.raises(LabError, match="cannot write to the folder"):
         go(fresh / "run", data_source=str(fresh))
     assert set(prepared.iterdir()) == before

@@ -22,9 +22,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpt2lab.config import Setting, build_model_config, parse_recipe
 from gpt2lab.errors import CheckpointError
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.recipe import Setting, build_model_config, parse_recipe
 from gpt2lab.tokenizer import Tokenizer
 
 FORMAT = 1

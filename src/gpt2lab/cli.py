@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt2lab import __version__
-from gpt2lab.config import fields, load_config, to_dict
+from gpt2lab.config import fields, to_dict
 from gpt2lab.errors import ConfigError, as_lab_error
+from gpt2lab.recipe import load_config
 
 BUG, STOPPED_BY_USER = 70, 130
 
@@ -261,8 +262,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    if streaming:
-        show(arguments.prompt)
+    def show_first(text: str) -> None:
+        show(text if begun else arguments.prompt + text)
+        begun.append(text)
+
+    begun: list[str] = []  # the prompt is shown with the first of the text: what is refused shows nothing
     started = time.perf_counter()
     samples = generate(
         model,
@@ -274,11 +278,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-        on_text=show if streaming else None,
+        on_text=show_first if streaming else None,
     )
     seconds = time.perf_counter() - started
     if streaming:
-        show("\n")
+        show("\n" if begun else f"{arguments.prompt}\n")
         for sample in samples[1:]:
             show(f"{'-' * 12}\n{arguments.prompt}{sample.text}\n")
         return
@@ -347,11 +351,14 @@ def _show_data(prepared: Any, as_json: bool) -> None:
 
 def _tokenizer_train(arguments: argparse.Namespace) -> None:
     from gpt2lab.data.sources import read_documents
+    from gpt2lab.folder import check_folder
     from gpt2lab.tokenizer import Tokenizer
 
+    out = Path(arguments.out)
+    check_folder(out)
     documents = [document for source in arguments.source for document in read_documents(source)]
     tokenizer = Tokenizer.train_bpe((document.text for document in documents), arguments.vocab_size)
-    Path(arguments.out).mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(arguments.out)
     size, tokens = (
         sum(len(d.text.encode()) for d in documents),

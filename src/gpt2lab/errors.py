@@ -16,7 +16,8 @@ class LabError(Exception):
 
     def __init__(self, what: str, *, where: str = "", cause: str, fix: str) -> None:
         place = f" ({where})" if where else ""
-        text = f"{what}{place}: {cause.rstrip('.')}. Fix: {fix.rstrip('.')}."
+        cause, fix = (part if part.endswith("...") else part.removesuffix(".") for part in (cause, fix))
+        text = f"{what}{place}: {cause}. Fix: {fix}."
         super().__init__(" ".join(text.split()))  # one line, whatever a library put into its own words
         self.what, self.where, self.cause, self.fix = what, where, cause, fix
 

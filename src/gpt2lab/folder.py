@@ -14,10 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, build_config, flat, read_recipe, to_yaml
+from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.shards import Prepared
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.paths import write_whole
+from gpt2lab.recipe import build_config, flat, read_recipe
 from gpt2lab.system import choose_device, describe_machine
 
 MAY_DIFFER = frozenset(
@@ -46,11 +47,16 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: a file is in its place, or this user or disk does not allow it.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    cause = "not a folder" if not there.is_dir() else "" if os.access(there, os.W_OK) else "not writable"
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        cause = "" if there.is_dir() else f"{there} is not a folder"
+        if not cause and not os.access(there, os.W_OK):
+            cause = f"{there} is not writable"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        cause = getattr(error, "strerror", None) or str(error)
     if cause:
         fix = "choose another with --out=..."
-        raise ConfigError("cannot write to the run folder", where=str(folder), cause=f"{there} is {cause}", fix=fix)
+        raise ConfigError("cannot write to the folder", where=f"{folder!s:.200}", cause=cause, fix=fix)
 
 
 def lock_folder(folder: Path) -> FileLock:

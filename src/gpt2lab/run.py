@@ -16,7 +16,7 @@ from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
 from gpt2lab.data.batches import Batches, check_length
 from gpt2lab.data.shards import Prepared, prepare
-from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.errors import CheckpointError, ConfigError, DataError
 from gpt2lab.folder import (
     check_folder,
     inherit,
@@ -233,6 +233,9 @@ def restore(run: Run, resumed: Checkpoint) -> None:
     Raises:
         CheckpointError: they are not this model's.
     """
+    if resumed.state["run_id"] != run.run_id:
+        cause = "it is a checkpoint of another run"
+        raise CheckpointError("misplaced checkpoint", where=str(resumed.folder), cause=cause, fix="move it away")
     resumed.load_weights(run.model)
     resumed.load_optimizer(run.model, run.optimizer)
     if run.accelerator.scaler is not None and resumed.state.get("scaler"):

@@ -98,7 +98,7 @@ def clock(seconds: float) -> str:
 def size(count: float) -> str:
     """``1234567`` bytes as ``1.23 MB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < (1000 if unit == "bytes" else 999.5):
             return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
         count /= 1000
     return f"{count:.3g} TB"

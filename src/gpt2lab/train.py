@@ -67,7 +67,7 @@ def loop(run: Run, stop: StopSignals) -> Path:
             raise Interrupted(
                 f"stopped by {stop.received}",
                 where=str(run.folder),
-                cause=f"{step} of {steps} steps are done and saved",
+                cause=f"{step} of {steps} steps are done and saved" if step else "nothing was trained yet",
                 fix="give the same command again: it goes on from there",
             )
     run.console.say(f"complete: {steps} steps in {run.folder}" + (", nothing left to do" if first == steps else ""))

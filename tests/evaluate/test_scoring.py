@@ -134,6 +134,4 @@ def test_losses_by_position_are_means_over_windows() -> None:
     by_hand = np.mean([token_losses(model, token_ids[start : start + 17], 16) for start in (0, 16, 32)], axis=0)
     ours = torch.from_numpy(losses_by_position(model, token_ids, 16, (0, 16, 32)))
     assert_same(ours, torch.from_numpy(by_hand), within=1e-12)
-    assert_differ(
-        ours, torch.from_numpy(losses_by_position(model, token_ids, 16, (0, 32))), by=0.1, what="2 windows"
-    )
+    assert_differ(ours, torch.from_numpy(losses_by_position(model, token_ids, 16, (0, 32))), by=0.1, what="2 windows")

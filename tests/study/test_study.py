@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2lab.config import flat
 from gpt2lab.errors import ProcessError
+from gpt2lab.recipe import flat
 from gpt2lab.study import figures
 from gpt2lab.study.grid import read_rows, train_row
 from gpt2lab.study.measure import Measured, alternate

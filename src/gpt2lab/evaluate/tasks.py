@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from gpt2lab.checkpoint import CONFIG
-from gpt2lab.config import build_config, read_recipe
 from gpt2lab.data.shards import prepare
 from gpt2lab.data.sources import read_documents
 from gpt2lab.errors import ConfigError
 from gpt2lab.evaluate.perplexity import document_tokens, perplexity, shard_tokens
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.recipe import build_config, read_recipe
 from gpt2lab.tokenizer import Tokenizer
 
 
@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         ConfigError: no such task, a stride beyond the context, or no text. DataError: the text cannot be used.
     """
-    for task in tasks:
+    for task in tasks or [""]:
         if task not in TASKS:
             raise ConfigError("no such task", where="--tasks", cause=repr(task), fix=f"one of {', '.join(TASKS)}")
     config_file = Path(name) / CONFIG

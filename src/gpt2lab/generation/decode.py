@@ -132,7 +132,12 @@ def check_prompt(num_tokens: int, config: GPT2Config, where: str = "PROMPT") -> 
 
 
 def _check_counts(num_samples: int, max_new_tokens: int, seed: int) -> None:
-    bounds = (("--num-samples", num_samples, 1), ("--max-new-tokens", max_new_tokens, 1), ("--seed", seed, 0))
-    for flag, value, least in bounds:
-        if value < least:
-            raise ConfigError("out of range", where=flag, cause=f"{value} is too few", fix=f"{least} or more")
+    bounds = (
+        ("--num-samples", num_samples, 1, 1024),
+        ("--max-new-tokens", max_new_tokens, 1, 2**20),
+        ("--seed", seed, 0, 2**63),
+    )
+    for flag, value, least, most in bounds:
+        if not least <= value <= most:
+            cause, fix = f"{value} is not between {least} and {most}", f"{least} or more"
+            raise ConfigError("out of range", where=flag, cause=cause, fix=fix)

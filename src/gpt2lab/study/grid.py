@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from gpt2lab.config import RunConfig, Setting, build_config, parse_recipe, to_yaml
+from gpt2lab.config import RunConfig, to_yaml
 from gpt2lab.errors import Interrupted, ProcessError
+from gpt2lab.recipe import Setting, build_config, parse_recipe
 from gpt2lab.system import StopSignals
 from gpt2lab.tracking import Console
 
