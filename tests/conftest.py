@@ -9,11 +9,14 @@ from typing import Any, get_args
 import jaxtyping
 import pytest
 import torch
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+
+
+AS_MYPY = beartype(conf=BeartypeConf(is_pep484_tower=True))  # 1 may stand where a float is meant
 
 
 def says_a_shape(hint: Any) -> bool:
@@ -24,7 +27,7 @@ def says_a_shape(hint: Any) -> bool:
 
 def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
     """What the import hook puts around each function: beartype where a signature says a shape; the rest is mypy's work."""
-    return beartype(function) if any(map(says_a_shape, function.__annotations__.values())) else function
+    return AS_MYPY(function) if any(map(says_a_shape, function.__annotations__.values())) else function
 
 
 assert "gpt2lab" not in sys.modules, "gpt2lab was imported before the hook that checks its shapes"
