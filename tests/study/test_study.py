@@ -1,20 +1,26 @@
 """A study's rows, its report, and the table of the README, which is made from a committed result."""
 
 import json
+import os
 import re
+import signal
+import time
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from gpt2lab.errors import ProcessError
+from gpt2lab import checkpoint
+from gpt2lab.errors import Interrupted, ProcessError
 from gpt2lab.recipe import flat
 from gpt2lab.study import figures
 from gpt2lab.study.grid import read_rows, train_row
 from gpt2lab.study.measure import Measured, alternate
 from gpt2lab.study.report import findings, html_report, markdown_report, table
 from gpt2lab.tracking import Console
+from gpt2lab.tracking import read_rows as read_json_rows
 from tests.conftest import ROOT
 
 STUDY = """
@@ -24,6 +30,11 @@ rows:
   +RoPE: {model.position: rope}
   +GQA: {model.num_kv_heads: 1}
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT2LAB_CACHE", str(tmp_path / "cache"))
 
 
 def measured(name: str, loss: float, speed: float) -> Measured:
@@ -58,6 +69,27 @@ def test_a_row_that_fails_ends_the_study_and_names_itself(tmp_path: Path) -> Non
     with pytest.raises(ProcessError, match=r"\+RoPE.*exit code 3"):
         train_row(row, Console(quiet=True))
     assert "gpt2lab train" in (tmp_path / "rope.yaml").read_text()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_has_saved_its_row_and_goes_on(kind: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    study = STUDY.replace("steps: 2", "steps: 4000").replace("nothing-here", str(tmp_path / "text.txt"))
+    row = read_rows(study, tmp_path)[0]
+    metrics = row.folder / "metrics.jsonl"
+
+    def stop_soon() -> None:
+        while not (metrics.is_file() and metrics.read_text().count("\n") > 3):
+            time.sleep(0.05)
+        os.kill(os.getpid(), kind)
+
+    Thread(target=stop_soon, daemon=True).start()
+    with pytest.raises(Interrupted, match=r"standard has saved its checkpoint"):
+        train_row(row, Console(quiet=True))
+    newest, troubles = checkpoint.latest(row.folder)
+    assert newest is not None and not troubles and 0 < newest.state["step"] < 4000
+    steps = [line["step"] for line in read_json_rows(metrics)]
+    assert steps == list(range(newest.state["step"] + 1))
 
 
 def test_rows_are_measured_in_turn() -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,18 @@ def train_row(row: Row, console: Console) -> None:
     recipe = row.folder.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(f"# gpt2lab train {recipe.as_posix()}\n{to_yaml(row.config)}", encoding="utf-8")
-    with StopSignals() as stop:  # the terminal sends Ctrl-C to both processes: this one waits until that one has saved
-        child = subprocess.Popen([sys.executable, "-m", "gpt2lab", "train", str(recipe)])
+    command = [sys.executable, "-m", "gpt2lab", "train", str(recipe)]
+    with StopSignals() as stop:
+        # In a session of its own, so that Ctrl-C reaches it once, through us: a second signal would end it unsaved.
+        child = subprocess.Popen(command, start_new_session=True)
+        told = False
         while child.poll() is None:
-            try:
+            if stop.received and not told:
+                child.send_signal(signal.SIGTERM)
+                told = True
+            with suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if stop.received == "SIGTERM":
-                    child.send_signal(signal.SIGTERM)
-                    stop.received = "SIGTERM, passed on"
-    if child.returncode == Interrupted.exit_code:
+    if child.returncode == Interrupted.exit_code or (stop.received and child.returncode <= 0):
         cause = f"{row.name} has saved its checkpoint"
         raise Interrupted(
             "study stopped", where=str(row.folder), cause=cause, fix="give the same command again to go on"
