@@ -7,7 +7,7 @@ win, and one parser turns it into a ``RunConfig``, or into one error that names 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def parse_flag(flag: str) -> tuple[str, Setting]:
     return key, Setting(value, f"--{key}")
 
 
-def load_config(recipes: list[str], flags: list[str] = (), /) -> RunConfig:  # type: ignore[assignment]
+def load_config(recipes: Sequence[str], flags: Sequence[str] = (), /) -> RunConfig:
     """Recipes, then flags, layered into one config; later ones win.
 
     Raises:
