@@ -5,8 +5,9 @@ indexing and arithmetic. The conventions that are easiest to get wrong are `Rule
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,17 +44,27 @@ class Rules:
     """(query head, query heads, key heads): whose keys does it read?"""
     pair: Callable[[int, int], tuple[int, int]]
     """(i, dim): the two coordinates that rope's i-th angle turns, first towards second."""
+    chosen: Callable[[list[float], int], list[int]]
+    """(router logits, k): the experts that a token goes to."""
+    share: Callable[[Tensor, list[int]], Tensor]
+    """(router logits, chosen): what each chosen expert weighs."""
+    gate: Callable[[int], tuple[slice, slice]]
+    """(hidden): the part of swiglu's input that goes through SiLU, and the part that it gates."""
 
 
 RULES = Rules(
     sees=lambda distance, window: distance >= 0 and (window is None or distance < window),
     kv_head=lambda head, heads, kv_heads: head // (heads // kv_heads),
     pair=lambda i, dim: (i, i + dim // 2),
+    chosen=lambda logits, k: sorted(range(len(logits)), key=lambda e: -logits[e])[:k],
+    share=lambda logits, chosen: logits.softmax(0)[chosen] / logits.softmax(0)[chosen].sum(),
+    gate=lambda hidden: (slice(0, hidden), slice(hidden, 2 * hidden)),
 )
 
 
-def planted_faults(heads: int, kv_heads: int, windows: Sequence[int | None], *, rope: bool = False) -> dict[str, Rules]:
-    """The rules of every bug that could show in such a model. `windows` has at least one entry; None is full attention."""
+def planted_faults(config: GPT2Config) -> dict[str, Rules]:
+    """The rules of every bug that could show in a model of this config, by what is wrong."""
+    heads, kv_heads, windows = config.num_heads, config.num_kv_heads or config.num_heads, config.windows or (None,)
     bounded = [window for window in windows if window is not None]
     looks_back = any(window != 1 for window in windows)  # with windows of 1, no token meets another
     faults = {}
@@ -67,7 +78,15 @@ def planted_faults(heads: int, kv_heads: int, windows: Sequence[int | None], *, 
         faults["heads shuffled"] = replace(RULES, kv_head=lambda h, n, m: (RULES.kv_head(h, n, m) + 1) % m)
     if 1 < kv_heads < heads:
         faults["heads grouped in turn"] = replace(RULES, kv_head=lambda h, n, m: h % m)
-    if rope and looks_back:
+    if config.activation == "swiglu":
+        faults["gate and gated exchanged"] = replace(RULES, gate=lambda hidden: RULES.gate(hidden)[::-1])
+    if config.num_experts > 1:
+        faults["experts after the best"] = replace(RULES, chosen=lambda x, k: RULES.chosen(x, k + 1)[1:])
+    if config.experts_per_token < config.num_experts:
+        faults["experts' weights not normalised"] = replace(RULES, share=lambda x, chosen: x.softmax(0)[chosen])
+    if config.experts_per_token > 1:
+        faults["experts' weights exchanged"] = replace(RULES, share=lambda x, chosen: RULES.share(x, chosen[::-1]))
+    if config.position == "rope" and looks_back:
         faults["rope turns neighbours"] = replace(RULES, pair=lambda i, dim: (2 * i, 2 * i + 1))
         faults["rope turns backwards"] = replace(RULES, pair=lambda i, dim: RULES.pair(i, dim)[::-1])
     return faults
@@ -96,26 +115,58 @@ def attention(
     return out
 
 
-def rotate(x: Tensor, *, start: int = 0, base: float = 10000.0, rules: Rules = RULES) -> Tensor:
+def turn(
+    i: int, dim: int, *, base: float, scaling: str | None = None, factor: float = 1.0, trained: float = 1.0
+) -> float:
+    """Radians that rope's i-th pair turns from one position to the next. `trained`: tokens before any scaling."""
+    if scaling == "ntk":
+        base = base * factor ** (dim / (dim - 2))
+    radians = base ** (-2 * i / dim)
+    if scaling == "linear":
+        return radians / factor
+    if scaling == "yarn":
+
+        def pair_that_turns(times: int) -> float:
+            return dim * math.log(trained / (times * 2 * math.pi)) / (2 * math.log(base))
+
+        first, last = max(0, math.floor(pair_that_turns(32))), min(dim - 1, math.ceil(pair_that_turns(1)))
+        squeezed = min(1.0, max(0.0, (i - first) / (last - first)))
+        return radians * (1 - squeezed) + radians / factor * squeezed
+    return radians
+
+
+def rotate(x: Tensor, *, start: int = 0, base: float = 10000.0, rules: Rules = RULES, **scaled: Any) -> Tensor:
     """RoPE: at position t, the i-th pair of coordinates turns by t * base ** (-2i / dim) radians."""
     time, dim = x.shape[-2:]
     t = torch.arange(start, start + time, dtype=torch.float64)
+    longer = 1 + 0.1 * math.log(scaled["factor"]) if scaled.get("scaling") == "yarn" else 1.0
     out = torch.zeros_like(x)
     for i in range(dim // 2):
-        angle = t * base ** (-2 * i / dim)
+        angle = t * turn(i, dim, base=base, **scaled)
         a, b = rules.pair(i, dim)
-        out[..., a] = x[..., a] * angle.cos() - x[..., b] * angle.sin()
-        out[..., b] = x[..., b] * angle.cos() + x[..., a] * angle.sin()
+        out[..., a] = longer * (x[..., a] * angle.cos() - x[..., b] * angle.sin())
+        out[..., b] = longer * (x[..., b] * angle.cos() + x[..., a] * angle.sin())
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred / ((centred**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def rms_norm(x: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    return x / ((x**2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def activate(x: Tensor, name: str, rules: Rules = RULES) -> Tensor:
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "relu2":
+        return torch.where(x > 0, x**2, torch.zeros_like(x))
+    gate, gated = (x[..., part] for part in rules.gate(x.shape[-1] // 2))
+    return gate / (1 + torch.exp(-gate)) * gated
 
 
 def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Tensor, rules: Rules = RULES) -> Tensor:
@@ -124,12 +175,34 @@ def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Te
     batch, time = token_ids.shape
     dim, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads or config.num_heads
 
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+    def linear(x: Tensor, name: str, expert: int | None = None) -> Tensor:
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias", torch.zeros(1))
+        if expert is not None:
+            weight, bias = weight[expert], bias[expert if len(bias) > 1 else 0]
+        return x @ weight.T + bias
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        if config.norm == "rmsnorm":
+            return rms_norm(x, weights[f"{name}.weight"])
+        return layer_norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias", 0.0))
 
+    def mlp(x: Tensor, name: str, expert: int | None = None) -> Tensor:
+        hidden = activate(linear(x, f"{name}.up_proj", expert), config.activation, rules)
+        return linear(hidden, f"{name}.down_proj", expert)
+
+    def experts(x: Tensor, name: str) -> Tensor:
+        logits = linear(x, f"{name}.router")
+        out = torch.zeros_like(x)
+        for b in range(batch):
+            for t in range(time):
+                chosen = rules.chosen(logits[b, t].tolist(), config.experts_per_token)
+                shares = rules.share(logits[b, t], chosen)
+                parts = [share * mlp(x[b, t], name, e) for share, e in zip(shares, chosen, strict=True)]
+                out[b, t] = torch.stack(parts).sum(0)
+        return out
+
+    scaled = {"scaling": config.rope_scaling, "factor": config.rope_factor}
+    scaled["trained"] = config.max_seq_len / config.rope_factor
     x = weights["token_embedding.weight"][token_ids]
     if config.position == "learned":
         x = x + weights["position_embedding.weight"][:time]
@@ -139,9 +212,14 @@ def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Te
         qkv = linear(norm(x, f"{name}.attn_norm"), f"{name}.attn.qkv_proj")
         qkv = qkv.view(batch, time, heads + 2 * kv_heads, dim).transpose(1, 2)
         q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if config.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
         if config.position == "rope":
-            q, k = (rotate(x, base=config.rope_base, rules=rules) for x in (q, k))
+            q, k = (rotate(x, base=config.rope_base, rules=rules, **scaled) for x in (q, k))
         attended = attention(q, k, v, window=window, rules=rules).transpose(1, 2).reshape(batch, time, heads * dim)
         x = x + linear(attended, f"{name}.attn.output_proj")
-        x = x + linear(gelu(linear(norm(x, f"{name}.mlp_norm"), f"{name}.mlp.up_proj")), f"{name}.mlp.down_proj")
-    return norm(x, "final_norm") @ weights["token_embedding.weight"][: config.vocab_size].T
+        feed = experts if config.num_experts > 1 else mlp
+        x = x + feed(norm(x, f"{name}.mlp_norm"), f"{name}.mlp")
+    head = weights["token_embedding.weight" if config.tie_head else "head.weight"]
+    logits = norm(x, "final_norm") @ head[: config.vocab_size].T
+    return logits if config.logit_softcap is None else config.logit_softcap * torch.tanh(logits / config.logit_softcap)

@@ -70,6 +70,25 @@ def test_decay_is_on_matrices_alone(name: str) -> None:
     assert decay == {key: 0.3 if key in matrices else 0.0 for key in names.values()} and len(decay) == 16
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_biases_are_no_matrices_though_they_have_rows(bias: bool) -> None:
+    model = GPT2(61, 16, 8, 2, 12, 1, num_experts=3, bias=bias, tie_head=False)
+    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3))
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    decayed, others = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert sorted(decayed + others) == sorted(names.values())
+    matrices = [f"attn.{part}_proj" for part in ("qkv", "output")]
+    matrices += [f"mlp.{part}" for part in ("router", "up_proj", "down_proj")]
+    assert set(decayed) == {f"blocks.0.{part}.weight" for part in matrices} | {
+        f"{part}.weight" for part in ("token_embedding", "position_embedding", "head")
+    }
+    biases = {"blocks.0.mlp.up_proj.bias", "blocks.0.mlp.down_proj.bias"}
+    assert (biases <= set(others)) == bias
+    if bias:
+        assert {model.get_parameter(name).dim() for name in biases} == {2}
+
+
 # --- The update -------------------------------------------------------------------------------------------------------
 
 RATE, DECAY, BETAS = 0.01, 0.1, (0.9, 0.95)

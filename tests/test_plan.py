@@ -28,6 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {"num_kv_heads": 2},
     "mqa, rope, narrow": {"num_kv_heads": 1, "position": "rope", "ff_hidden_dim": 40},
     "windows": {"windows": (5, None)},
+    "swiglu": {"activation": "swiglu"},
+    "swiglu, narrow, no bias, rmsnorm": {"activation": "swiglu", "ff_hidden_dim": 40, "bias": False, "norm": "rmsnorm"},
+    "untied": {"tie_head": False, "logit_softcap": 5.0, "qk_norm": True},
+    "experts": {"num_experts": 4, "experts_per_token": 2},
+    "one of three experts": {"num_experts": 3, "ff_hidden_dim": 40},
+    "all experts, swiglu": {"num_experts": 3, "experts_per_token": 3, "activation": "swiglu"},
 }
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -91,6 +97,22 @@ def test_a_window_costs_less_and_one_that_sees_everything_the_same() -> None:
     assert full == wide > narrow > flops_per_token(GPT2Config(windows=(1,)), 1024)
 
 
+def test_experts_cost_what_works_and_not_what_there_is() -> None:
+    """A router costs its matrix. Two experts of half the width cost what one MLP does; idle ones cost nothing more."""
+    width, hidden, layers = 768, 3072, 12
+
+    def flops(**changes: Any) -> float:
+        return flops_per_token(GPT2Config(**changes), 1024)
+
+    routers = {count: 6 * layers * width * count for count in (2, 4, 64)}
+    assert flops(num_experts=4, experts_per_token=2, ff_hidden_dim=hidden // 2) == flops() + routers[4]
+    assert flops(num_experts=4) == flops() + routers[4]
+    assert flops(num_experts=64) == flops() + routers[64]
+    assert flops(num_experts=2, experts_per_token=2) == flops() + routers[2] + 6 * layers * 2 * width * hidden
+    assert flops(activation="swiglu") == flops(ff_hidden_dim=2048) + 6 * layers * width * 2048  # a third matrix
+    assert flops(tie_head=False) == flops()
+
+
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +158,43 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_precision() -> N
         for precision in ("fp32", "bf16")
     )
     assert in_bf16["activations"] < in_fp32["activations"] and in_bf16["weights"] == in_fp32["weights"]
+
+
+def test_experts_take_memory_where_they_are() -> None:
+    """All of them in weights, gradients and moments; only those that work in activations."""
+
+    def parts(**changes: Any) -> dict[str, int]:
+        return memory_bytes(resolved(GPT2Config(**SMALL, **changes), micro_batch=2))
+
+    dense, eight, two_of_eight = parts(), parts(num_experts=8), parts(num_experts=8, experts_per_token=2)
+    one_mlp, router = 4 * (32 * 128 + 128 + 128 * 32 + 32), 4 * 8 * 32
+    assert eight["weights"] == two_of_eight["weights"] == dense["weights"] + 2 * (7 * one_mlp + router)
+    assert eight["optimizer"] == 2 * eight["gradients"] == 2 * eight["weights"]
+    assert parts(num_experts=16)["activations"] == eight["activations"]
+    assert dense["logits"] == eight["logits"] and dense["activations"] < eight["activations"]
+    assert two_of_eight["activations"] > 1.3 * eight["activations"]
+    assert parts(tie_head=False)["weights"] == dense["weights"] + 4 * 64 * 32
+
+
+@each_variant
+def test_activations_are_about_what_the_backward_pass_is_left(changes: dict[str, Any]) -> None:
+    """Bytes that autograd keeps, each once, besides the weights. What is cheap and depends on the kernel is not forecast."""
+    model, tokens = GPT2.from_config(GPT2Config(**SMALL, **changes)), torch.randint(61, (4, 65))
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() if storage.data_ptr() not in weights else 0
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        losses = model(tokens[:, :-1], tokens[:, 1:])
+    forecast = memory_bytes(resolved(GPT2Config(**SMALL, **changes), micro_batch=4))
+    found = sum(kept.values()) / (forecast["activations"] + forecast["logits"])
+    print(f"{sum(kept.values()):,} bytes are kept, {found:.2f} of the forecast")
+    assert 0.9 < found < 1.3 and losses.requires_grad
+    other = memory_bytes(resolved(GPT2Config(**SMALL, **changes), micro_batch=8))
+    assert sum(kept.values()) < 0.7 * (other["activations"] + other["logits"])
 
 
 # --- What a recipe leaves open ----------------------------------------------------------------------------------------

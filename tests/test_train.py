@@ -49,6 +49,9 @@ SETTINGS: dict[str, Any] = MODEL | {
 }
 """A run of a second: two micro-batches a step, with dropout, validated, sampled and saved at different steps."""
 
+EXPERTS: dict[str, Any] = {"model_num_experts": 4, "model_experts_per_token": 2, "model_ff_hidden_dim": 32}
+"""Changes that make it a run with experts."""
+
 MEASURED = {"tokens_per_second", "elapsed_seconds", "peak_memory_bytes", "mfu"}
 """What no two runs have in common."""
 
@@ -108,7 +111,9 @@ def state(folder: Path) -> dict[str, Tensor]:
     """Weights and optimizer state of the latest checkpoint."""
     newest, troubles = checkpoint.latest(folder)
     assert newest is not None and not troubles
-    model, optimizer = (parse_safetensors(newest.files[name]) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+    model, optimizer = (
+        parse_safetensors(bytes(newest.read(name))) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)
+    )
     return model | optimizer
 
 
@@ -183,13 +188,17 @@ def test_a_run_that_was_stopped_is_the_run_that_was_not(
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
-def test_a_run_that_was_stopped_again_and_again_is_the_run_that_was_not(go: Go, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
+def test_a_run_that_was_stopped_again_and_again_is_the_run_that_was_not(
+    changes: dict[str, Any], go: Go, whole: Path, tmp_path: Path
+) -> None:
+    truth = go(**changes) if changes else whole
     for step, act in [(2, crash), (3, terminate), (4, terminate), (11, crash), (12, terminate), (19, crash)]:
         with pytest.raises((Interrupted, Crash)):
-            go(tmp_path / "run", Witness(step, act))
-    go(tmp_path / "run")
-    assert rows(tmp_path / "run") == rows(whole)
-    assert_equal(state(tmp_path / "run"), state(whole))
+            go(tmp_path / "run", Witness(step, act), **changes)
+    go(tmp_path / "run", **changes)
+    assert rows(tmp_path / "run") == rows(truth)
+    assert_equal(state(tmp_path / "run"), state(truth))
 
 
 def test_control_another_seed_is_another_run(go: Go, whole: Path) -> None:
@@ -360,6 +369,7 @@ def test_dropout_is_drawn_anew_for_each_step_and_micro_batch(go: Go) -> None:
         {"system_precision": "bf16"},
         {"optim_name": "sgd", "optim_learning_rate": 0.3},
         {"model_position": "rope", "model_num_kv_heads": 1, "model_windows": [4, None]},
+        EXPERTS | {"model_activation": "swiglu", "model_norm": "rmsnorm", "model_bias": False, "model_tie_head": False},
         {"optim_clip": 0, "tokenizer": "bytes"},
     ],
     ids=str,
@@ -375,6 +385,7 @@ def test_the_loss_goes_down(changes: dict[str, Any], go: Go) -> None:
 def test_settings_that_decide_what_is_learned_do(go: Go, whole: Path) -> None:
     """The runs above were not all the same one."""
     changes = ({}, {"system_precision": "bf16"}, {"optim_name": "sgd"}, {"model_position": "rope"}, {"optim_clip": 0})
+    changes += (EXPERTS, EXPERTS | {"optim_balance_weight": 1}, EXPERTS | {"optim_z_weight": 1})
     losses = {rows(go(steps=4, **change))[-1]["loss"] for change in changes}
     assert len(losses) == len(changes)
 
@@ -517,3 +528,86 @@ def test_a_folder_that_cannot_be_is_refused_before_the_text_is_prepared(go: Go, 
     with pytest.raises(LabError, match="cannot write to the folder"):
         go(fresh / "run", data_source=str(fresh))
     assert set(prepared.iterdir()) == before
+
+
+# --- Experts ----------------------------------------------------------------------------------------------------------
+
+OF_ROUTERS = {"balance_loss", "router_z_loss", "expert_counts"}
+
+
+def trained_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(folder) if "loss" in row]
+
+
+def test_metrics_say_what_the_routers_did(go: Go, whole: Path) -> None:
+    found = trained_rows(go(**EXPERTS))
+    assert len(found) == STEPS
+    for row in found:
+        assert row.keys() >= OF_ROUTERS
+        assert [len(counts) for counts in row["expert_counts"]] == [4, 4]  # layers, experts
+        assert [sum(counts) for counts in row["expert_counts"]] == [64 * 2, 64 * 2]  # of a step, all micro-batches
+        # Two experts that always win are half of all work each: 4 * (1/2 * p + 1/2 * q), with p + q at most 1.
+        assert 0.5 < row["balance_loss"] <= 2 and row["router_z_loss"] > 0
+    assert found[0]["balance_loss"] == pytest.approx(1, abs=0.1)  # first routers are hardly sure of anything
+    assert found[0]["router_z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.05)
+    assert len({json.dumps(row["expert_counts"]) for row in found}) > 1
+    assert not any(OF_ROUTERS & row.keys() for row in rows(whole)), "a dense model has no routers"
+
+
+def test_the_loss_that_is_reported_is_the_cross_entropy_alone(go: Go) -> None:
+    """What keeps routers even moves the weights, and is no part of how well the text was guessed."""
+
+    def guesses(**changes: Any) -> tuple[list[float], list[dict[str, Any]], dict[str, Tensor]]:
+        """The mean of the losses that the model gave for each step's tokens; the metrics; the weights."""
+        found: list[Tensor] = []
+
+        def note(module: nn.Module, _: Any, losses: Tensor) -> None:
+            if isinstance(module, GPT2) and module.training:
+                found.append(losses.detach())
+
+        hook = nn.modules.module.register_module_forward_hook(note)
+        try:
+            folder = go(steps=3, model_dropout=0, optim_clip=0, **EXPERTS | changes)
+        finally:
+            hook.remove()
+        means = [torch.cat(found[i : i + 2]).mean().item() for i in range(0, len(found), 2)]
+        return means, trained_rows(folder), state(folder)
+
+    without = guesses(optim_balance_weight=0, optim_z_weight=0)
+    for means, metrics, weights in (without, guesses(optim_balance_weight=100), guesses(optim_z_weight=100)):
+        assert [row["loss"] for row in metrics] == pytest.approx(means, rel=1e-6) and len(means) == 3
+        assert metrics[0]["loss"] == without[1][0]["loss"]
+        if metrics is not without[1]:
+            assert metrics[0]["grad_norm"] > 2 * without[1][0]["grad_norm"]
+            assert not torch.equal(weights["blocks.0.mlp.router.weight"], without[2]["blocks.0.mlp.router.weight"])
+
+
+def test_accumulation_changes_nothing_with_experts_but_how_even_they_are_kept(go: Go) -> None:
+    """Cross-entropy and z-loss are means over tokens; the balance is of each micro-batch, so its mean knows the split."""
+
+    def split(micro_batch: int, balance_weight: float) -> list[dict[str, Any]]:
+        changes = {"steps": 8, "model_dropout": 0, "optim_balance_weight": balance_weight, "optim_z_weight": 1}
+        return trained_rows(go(micro_batch=micro_batch, **EXPERTS | changes))
+
+    one, four = split(1, 0), split(4, 0)
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in four], abs=1e-6)
+    assert [row["expert_counts"] for row in one] == [row["expert_counts"] for row in four]
+    assert [row["router_z_loss"] for row in one] == pytest.approx([row["router_z_loss"] for row in four], rel=1e-5)
+    assert one[0]["balance_loss"] > four[0]["balance_loss"] + 1e-4, "were the steps split at all?"
+    uneven = [abs(a["loss"] - b["loss"]) for a, b in zip(split(1, 1), split(4, 1), strict=True)]
+    assert uneven[0] < 1e-6 < max(uneven)
+
+
+def test_the_balancing_loss_balances(go: Go) -> None:
+    """With it, the busiest expert has little more than its share; left alone, one expert a token learns no balance."""
+
+    def busiest(weight: float) -> float:
+        """How many times its share the busiest expert of a layer had, in the last ten steps."""
+        changes = EXPERTS | {"model_experts_per_token": 1, "model_dropout": 0, "optim_learning_rate": 3e-3}
+        folder = go(steps=30, validate_every=0, optim_balance_weight=weight, optim_z_weight=0, **changes)
+        counts = torch.tensor([row["expert_counts"] for row in trained_rows(folder)[-10:]]).sum(0)
+        return (counts.max(dim=1).values / counts.double().mean(dim=1)).max().item()
+
+    left_alone, balanced = busiest(0), busiest(1)
+    print(f"the busiest of four experts has {left_alone:.2f} of its share left alone, {balanced:.2f} balanced")
+    assert balanced < 1.5 < 1.8 < left_alone

@@ -49,15 +49,38 @@ class GPT2Config:
     num_kv_heads: Count | None = None
     """Key and value heads; must divide num_heads. None: num_heads (multi-head); 1: multi-query; between: grouped-query."""
     ff_hidden_dim: Count | None = None
-    """Inner width of the MLP. None: 4 * embed_dim."""
+    """Inner width of the MLP, or of one expert. None: 4 * embed_dim; with swiglu, which has a third matrix, 8/3 of it."""
     num_layers: Count = 12
     """Transformer blocks."""
     position: Literal["learned", "rope"] = "learned"
     """How a token knows its place: GPT-2's learned table, or rotary embeddings on queries and keys (RoPE)."""
     rope_base: Annotated[float, Field(gt=1)] = 10000.0
     """RoPE's base: the slowest rotation takes about 2 * pi * rope_base tokens for a turn."""
+    rope_scaling: Literal["linear", "ntk", "yarn"] | None = None
+    """How RoPE reads rope_factor times the length it was trained on: squeezed positions (linear), a larger base (ntk), or
+    each frequency by how often it turns (yarn). The trained length is then max_seq_len / rope_factor."""
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0
+    """How many times longer than the trained length max_seq_len is."""
     windows: tuple[Count | None, ...] | None = None
     """Tokens a token may attend to, itself included, one entry a layer, tiled over the layers: [64, 64, null]. None: all."""
+    num_experts: Count = 1
+    """MLPs in each block, of which a router chooses; 1: the dense MLP, without a router."""
+    experts_per_token: Count = 1
+    """Experts that work on a token. Their weights are normalised: with 1, a router learns from its balance alone."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """GPT-2's LayerNorm, or RMSNorm, which does not centre and has no bias."""
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu"] = "gelu_tanh"
+    """GPT-2's tanh form of GELU, the exact GELU, the square of ReLU, or SwiGLU, whose up_proj is twice as wide."""
+    bias: bool = True
+    """Whether projections and LayerNorms have biases."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are brought to RMS 1 before they meet."""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """Bend logits smoothly into (-cap, cap): cap * tanh(logits / cap). None: as they are."""
+    zero_init: bool = False
+    """Whether what writes to the residual stream starts at 0 in place of GPT-2's small random weights."""
+    tie_head: bool = True
+    """Whether the head is the token embedding, as in GPT-2, or has weights of its own."""
     dropout: Rate = 0.0
     """Probability of zeroing an activation while training: after embeddings, on attention weights, on both residuals."""
 
@@ -71,6 +94,12 @@ class GPT2Config:
             )
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             problems.append(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.rope_scaling is not None and self.position != "rope":
+            problems.append(f"rope_scaling {self.rope_scaling} needs position rope, not {self.position}")
+        if (self.rope_scaling is None) != (self.rope_factor == 1):
+            problems.append(f"rope_scaling {self.rope_scaling} and rope_factor {self.rope_factor:g} go together")
+        if not self.experts_per_token <= self.num_experts:
+            problems.append(f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}")
         if self.windows is not None and not 0 < len(self.windows) <= self.num_layers:
             problems.append(f"windows has {len(self.windows)} entries for num_layers {self.num_layers}")
         if problems:
@@ -88,8 +117,9 @@ class GPT2Config:
 
     @property
     def hidden_dim(self) -> int:
-        """Inner width of the MLP."""
-        return self.ff_hidden_dim or 4 * self.embed_dim
+        """Inner width of the MLP, or of one expert."""
+        default = 4 * self.embed_dim if self.activation != "swiglu" else max(1, round(self.embed_dim / 3)) * 8
+        return self.ff_hidden_dim or default
 
     @property
     def padded_vocab_size(self) -> int:
@@ -137,6 +167,10 @@ class OptimConfig:
     """Decay, on matrices only: biases and norms are left alone. Decoupled in adamw; in sgd it is added to the gradient."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Longest gradient, as a norm over all parameters; 0 leaves it as it is."""
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    """With experts: how much of the load-balancing loss is added to what is minimised (metrics.jsonl has it apart)."""
+    z_weight: Annotated[float, Field(ge=0)] = 0.001
+    """With experts: how much of the router-z loss is added."""
 
 
 @dataclass(frozen=True, config=_STRICT)

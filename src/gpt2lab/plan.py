@@ -10,6 +10,7 @@ import torch
 
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
 from gpt2lab.data.batches import epoch_samples
+from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.optim import default_warmup
 from gpt2lab.tracking import clock, size
@@ -87,12 +88,20 @@ def _fitting_micro_batch(config: ResolvedConfig, max_tokens: int, max_bytes: int
 def flops_per_token(model: GPT2Config, seq_len: int) -> float:
     """Forward and backward FLOPs of one token: 6 for each weight of a matrix product, 12 for each visible key and channel.
 
-    Attention is counted as it is needed: causal, and inside the windows.
+    Attention is counted as it is needed: causal, and inside the windows; of experts, those that work on the token.
     """
-    layer = model.embed_dim * (2 * model.embed_dim + 2 * model.kv_dim) + 2 * model.embed_dim * model.hidden_dim
+    attn = model.embed_dim * (2 * model.embed_dim + 2 * model.kv_dim)
+    layer = (
+        attn + model.embed_dim * _active_hidden(model) + (model.num_experts > 1) * model.embed_dim * model.num_experts
+    )
     windows = model.windows or (None,)
     keys = sum(mean_visible_keys(seq_len, windows[layer % len(windows)]) for layer in range(model.num_layers))
     return 6.0 * (model.num_layers * layer + model.padded_vocab_size * model.embed_dim) + 12.0 * model.embed_dim * keys
+
+
+def _active_hidden(model: GPT2Config) -> int:
+    """Columns of all matrices between the residual stream and the MLPs that work on a token, up and down."""
+    return model.experts_per_token * model.hidden_dim * (ACTIVATIONS[model.activation].inputs + 1)
 
 
 def mean_visible_keys(seq_len: int, window: int | None) -> float:
@@ -112,8 +121,9 @@ def memory_bytes(config: ResolvedConfig) -> dict[str, int]:
     width = _BYTES.get(config.system.precision, 4)
     weights = 4 * sum(p.numel() for p in meta_model(model).parameters())
     # Of one block: two norms in fp32 (input and output of each), q k v and what attention gives back, the MLP before and
-    # after its nonlinearity.
-    block = 4 * 4 * model.embed_dim + width * (2 * model.embed_dim + 2 * model.kv_dim + 2 * model.hidden_dim)
+    # after its nonlinearity; with experts, what each is given and gives back.
+    routed = 2 * model.embed_dim * model.experts_per_token if model.num_experts > 1 else 0
+    block = 4 * 4 * model.embed_dim + width * (2 * model.embed_dim + 2 * model.kv_dim + _active_hidden(model) + routed)
     # Of the head: the product, its fp32 copy where it is coarser, the log-softmax and its gradient.
     head = model.padded_vocab_size * (width + (4 if width == 2 else 0) + 4 + 4)
     parts = {

@@ -105,6 +105,22 @@ def parse_flag(flag: str) -> tuple[str, Setting]:
     return key, Setting(value, f"--{key}")
 
 
+def read_model_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """``--num-kv-heads=4`` as a field of the model and its value.
+
+    Raises:
+        ConfigError: no such field, or no value.
+    """
+    known = [key.removeprefix("model.") for key, _, _ in fields() if key.startswith("model.") and key != "model.preset"]
+    given = dict(map(parse_flag, flags))
+    for key, setting in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            fix = f"perhaps --{near[0].replace('_', '-')}" if near else "`gpt2lab convert --help` lists all keys"
+            raise ConfigError("unknown key", where=setting.where, cause="the model has no such field", fix=fix)
+    return {key: setting.value for key, setting in given.items()}
+
+
 def load_config(recipes: Sequence[str], flags: Sequence[str] = (), /) -> RunConfig:
     """Recipes, then flags, layered into one config; later ones win.
 
@@ -160,7 +176,7 @@ def build_model_config(settings: Mapping[str, Setting]) -> GPT2Config:
     settings = {key: setting for key, setting in settings.items() if key.startswith("model.")}
     values = {key.removeprefix("model."): setting.value for key, setting in settings.items()}
     try:
-        if booleans := _booleans(settings, {}):
+        if booleans := _booleans(settings, {key: default for key, default, _ in fields()}):
             raise ConfigError("bad model configuration", cause="; ".join(booleans.values()), fix="mend what is named")
         return TypeAdapter(GPT2Config).validate_python(values)
     except ValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from gpt2lab.errors import Interrupted, NumbersError
 from gpt2lab.evaluate.perplexity import perplexity, shard_tokens
 from gpt2lab.folder import portable_recipe
 from gpt2lab.generation import generate
+from gpt2lab.model.moe import Routing
 from gpt2lab.optim import learning_rate
 from gpt2lab.run import Run, set_up
 from gpt2lab.seeds import derive
@@ -79,20 +80,28 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train_step(run: Run) -> dict[str, float]:
+def train_step(run: Run) -> dict[str, Any]:
     """Optimizer step number ``run.step``, from 1: gradients summed over the micro-batches, clipped, applied."""
     config, started = run.config, time.perf_counter()
     loss = torch.zeros((), device=run.device)
+    routings: list[Routing] = []
     for micro_step in range(run.batches.micro_steps):
         token_ids, targets = (ids.to(run.device, non_blocking=True) for ids in run.batches(run.step - 1, micro_step))
         torch.manual_seed(derive(config.seed, "dropout", run.step, micro_step))
         # A sum over tokens, divided by the tokens of the whole step: however the step is split, the loss is the same.
-        micro_loss = run.training_model(token_ids, targets).sum() / config.batch_tokens
-        run.accelerator.backward(micro_loss)
+        routing = Routing() if config.model.num_experts > 1 else None
+        micro_loss = run.training_model(token_ids, targets, routing=routing).sum() / config.batch_tokens
         loss += micro_loss.detach()
+        if (
+            routing is not None
+        ):  # what keeps the routers even is minimised too, but is no part of the loss that is reported
+            balance = config.optim.balance_weight * routing.balance_loss + config.optim.z_weight * routing.z_loss
+            micro_loss = micro_loss + balance / run.batches.micro_steps
+            routings.append(routing)
+        run.accelerator.backward(micro_loss)
     grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip or math.inf)
     rate = learning_rate(run.step, config.steps, config.optim)
-    row = {"loss": loss.item(), "learning_rate": rate, "grad_norm": grad_norm.item()}
+    row = {"loss": loss.item(), "learning_rate": rate, "grad_norm": grad_norm.item()} | report_routing(routings)
     refuse_bad_numbers(run, row)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -103,7 +112,19 @@ def train_step(run: Run) -> dict[str, float]:
     return row | {"tokens_per_second": config.batch_tokens / seconds, "elapsed_seconds": run.elapsed_seconds}
 
 
-def refuse_bad_numbers(run: Run, row: dict[str, float]) -> None:
+def report_routing(routings: list[Routing]) -> dict[str, Any]:
+    """What the routers did in a step: both losses as means, and the tokens of each expert, layer by layer; {} without any."""
+    if not routings:
+        return {}
+    counts = sum(torch.stack(routing.counts) for routing in routings)
+    return {
+        "balance_loss": torch.stack([routing.balance_loss for routing in routings]).mean().item(),
+        "router_z_loss": torch.stack([routing.z_loss for routing in routings]).mean().item(),
+        "expert_counts": cast(torch.Tensor, counts).tolist(),
+    }
+
+
+def refuse_bad_numbers(run: Run, row: dict[str, Any]) -> None:
     """Stop before an update that would spoil the weights. In fp16 an overflow is usual: the scaler skips it."""
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or run.accelerator.scaler is not None):
         return

@@ -4,10 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.attention import attend
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.moe import GroupedLinear, MoE, Routing
+from tests.model import test_moe
 from tests.model.test_attention import LENGTHS_AND_WINDOWS, attend_with_a_mask, with_gradients
 from tests.model.test_variants import (
     LONG,
@@ -22,7 +26,7 @@ from tests.model.test_variants import (
     greedy,
     tokens,
 )
-from tests.reference import assert_differ, assert_same
+from tests.reference import assert_differ, assert_same, difference
 
 DEVICE = "cuda"
 A_FEW = {name: VARIANTS[name] for name in ["learned-mha-full", "rope-gqa-windows-3-7", "rope-mqa-window-4-full"]}
@@ -161,3 +165,113 @@ def test_first_weights_are_drawn_on_the_device() -> None:
     first, again, other = (model.token_embedding.weight for model in models)
     assert first.device.type == DEVICE and first.std().item() == pytest.approx(0.02, rel=0.1)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# --- Experts: in fp32 a loop, in bf16 one kernel for all --------------------------------------------------------------
+
+ROUTED = {"as they like": None, "all to the second": 1}
+"""To which expert every token is sent; the others have nothing to do, which kernels must bear."""
+each_routed = pytest.mark.parametrize("first", ROUTED.values(), ids=ROUTED)
+
+
+def experts(activation: str, bias: bool, first: int | None, embed: int = 32) -> tuple[MoE, Tensor]:
+    """In float64 on the CPU: two of four experts a token, and 90 tokens of which each begins with 1."""
+    torch.manual_seed(0)
+    moe, x = test_moe.experts(embed, 24, 4, 2, activation, bias=bias), torch.randn(2, 45, embed, dtype=torch.float64)
+    x[..., 0] = 1
+    return (moe if first is None else test_moe.all_to(first, moe)), x
+
+
+def outcome(moe: MoE, x: Tensor) -> tuple[dict[str, Tensor], Routing]:
+    """What comes out, and the gradients of everything along a fixed direction, on the CPU."""
+    x, routing = x.to(moe.router.weight).requires_grad_(), Routing()
+    out = moe(x, routing)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    inputs = {"x": x, **dict(moe.named_parameters())}
+    found = torch.autograd.grad(out, list(inputs.values()), direction)
+    return {"out": out.detach().cpu()} | {name: g.cpu() for name, g in zip(inputs, found, strict=True)}, routing
+
+
+@each_routed
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_experts_are_the_cpu_s(activation: str, bias: bool, first: int | None) -> None:
+    moe, x = experts(activation, bias, first)
+    truth, routing = outcome(moe, x)
+    ours, routing_there = outcome(moe.to(DEVICE, torch.float32), x)
+    for name, tensor in ours.items():
+        assert_same(tensor, truth[name], within=1e-5 * truth[name].abs().max().item(), what=name)
+    assert routing_there.counts[0].tolist() == routing.counts[0].tolist()
+    assert_same(routing_there.balance_loss.cpu(), routing.balance_loss, within=1e-5)
+    assert_same(routing_there.z_loss.cpu(), routing.z_loss, within=1e-4)
+    with torch.no_grad():
+        moe.up_proj.weight.copy_(moe.up_proj.weight.roll(1, 0))
+    other, _ = outcome(moe, x)
+    assert_differ(other["out"], truth["out"], by=1e-2, what="experts in another order")
+
+
+@each_routed
+@pytest.mark.parametrize("embed", [32, 20])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_one_kernel_for_all_experts_is_the_loop(
+    how: str, bias: bool, embed: int, first: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes widths that are multiples of 8; others go through the loop."""
+    exact, x = experts("swiglu", bias, first, embed)
+    exact, x = exact.bfloat16().double(), x.bfloat16().double()  # what bf16 can hold, so that all choose the same
+    truth, routing = outcome(exact, x)
+    moe = exact.to(DEVICE, torch.bfloat16 if how == "weights" else torch.float32)
+    calls: list[int] = []
+    kernel = F.grouped_mm
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    def run() -> dict[str, Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "autocast"):
+            found, decided = outcome(moe, x)
+        assert found["out"].dtype == torch.bfloat16
+        assert decided.counts[0].tolist() == routing.counts[0].tolist()
+        return found
+
+    monkeypatch.setattr(F, "grouped_mm", counted)
+    fused = run()
+    assert len(calls) == (2 if embed % 8 == 0 else 0)
+    monkeypatch.delattr(F, "grouped_mm")
+    loop = run()
+    assert len(calls) == (2 if embed % 8 == 0 else 0)
+    for name, exactly in truth.items():
+        scale = exactly.abs().mean().item()
+        far = {what: difference(found[name], exactly) for what, found in (("fused", fused), ("loop", loop))}
+        print(f"{name}: fused {far['fused'] / scale:.3g}, loop {far['loop'] / scale:.3g} of the mean")
+        assert (fused[name].double() - exactly).abs().mean() <= 0.02 * scale, name
+        assert (fused[name].double() - loop[name].double()).abs().mean() <= 0.02 * scale, name
+        idle = exactly == 0
+        assert not fused[name][idle].any(), f"{name} of experts without tokens"
+    assert (fused["out"] - truth["out"].roll(1, 1)).abs().mean() > 0.5 * truth["out"].abs().mean()
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_the_gradient_of_a_bias_is_a_sum_over_many_rows(how: str) -> None:
+    """In bf16, 256 + 1 is 256: whoever adds up thousands of rows one by one stops there."""
+    layer = GroupedLinear(3, 16, 16).to(DEVICE, torch.bfloat16 if how == "weights" else torch.float32)
+    counts = torch.tensor([1000, 0, 7192], device=DEVICE)
+    x = torch.randn(8192, 16, device=DEVICE).to(layer.weight.dtype)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "autocast"):
+        out = layer(x, counts)
+    out.backward(torch.ones_like(out))
+    expected = counts[:, None].double().expand(3, 16).cpu()
+    assert_same(layer.bias.grad.cpu(), expected, within=40)  # bf16 knows 7192 to within 32
+    assert_differ(layer.bias.grad.cpu(), expected.clamp(max=256), by=500, what="as if it stopped at 256")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_do_the_same_twice_to_the_bit(dtype: torch.dtype) -> None:
+    moe, x = experts("gelu_tanh", True, None)
+    moe = moe.to(DEVICE, dtype)
+    (first, _), (second, _) = outcome(moe, x), outcome(moe, x)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert not torch.equal(first["out"], outcome(moe, x.flip(1))[0]["out"])

@@ -14,12 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2lab.config import GPT2Config
 from gpt2lab.model import attention
 from gpt2lab.model.attention import SMALLEST_BLOCK, GroupQueryAttention, attend, visible
 from tests import reference
 from tests.reference import assert_differ, assert_same, planted_faults
 
 T, F_ = True, False
+FAULTS = planted_faults(GPT2Config(embed_dim=32, num_heads=4, num_kv_heads=2, windows=(3,)))
 
 
 def heads(batch: int, count: int, time: int, dim: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -83,7 +85,7 @@ PATHS = {"training": (0, 9), "chunk": (6, 5), "decoding": (9, 1)}
 
 
 @pytest.mark.parametrize(("past", "time"), PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("fault", planted_faults(4, 2, [3]))
+@pytest.mark.parametrize("fault", FAULTS)
 def test_attend_is_not_the_reference_with_a_planted_fault(past: int, time: int, fault: str) -> None:
     q, k, v = heads(2, 4, time), heads(2, 2, past + time), heads(2, 2, past + time)
     if fault == "mask on the wrong side":
@@ -91,7 +93,7 @@ def test_attend_is_not_the_reference_with_a_planted_fault(past: int, time: int, 
     seen = k[:, :, : past + time], v[:, :, : past + time]
     ours = attend(q, *seen, q_start=past, window=3)
     assert_same(ours, reference.attention(q, k, v, q_start=past, window=3), within=1e-13)
-    wrong = reference.attention(q, k, v, q_start=past, window=3, rules=planted_faults(4, 2, [3])[fault])
+    wrong = reference.attention(q, k, v, q_start=past, window=3, rules=FAULTS[fault])
     assert_differ(ours, wrong, by=0.1, what=fault)
 
 
@@ -155,7 +157,7 @@ def test_blocks_are_the_reference() -> None:
     q, k, v = heads(1, 4, 150), heads(1, 2, 150), heads(1, 2, 150)
     ours = attend(q, k, v, window=6)
     assert_same(ours, reference.attention(q, k, v, window=6), within=1e-13)
-    for fault, rules in planted_faults(4, 2, [6]).items():
+    for fault, rules in FAULTS.items():
         wrong = reference.attention(q, k, v, window=6, rules=rules)
         assert_differ(ours[:, :, SMALLEST_BLOCK:], wrong[:, :, SMALLEST_BLOCK:], by=0.1, what=fault)
 

@@ -1,6 +1,7 @@
 """Every variant of the model passes every test here: to test a new one, add a row to VARIANTS.
 
-The tables are {learned, rope} x {multi-head, grouped-query, multi-query} x {no, one, several windows}, at width 32.
+The table is {learned, rope} x {multi-head, grouped-query, multi-query} x {no, one, several windows} x {dense, experts} at
+width 32, and a row for each part that may take the place of one of GPT-2's.
 """
 
 import itertools
@@ -35,10 +36,38 @@ WINDOWS = {
     "window-1": {"windows": [1]},
 }
 
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "ff_hidden_dim": 24}
+PARTS: dict[str, dict[str, Any]] = {
+    "rope-linear": {"position": "rope", "rope_scaling": "linear", "rope_factor": 4.0},
+    "rope-ntk": {"position": "rope", "rope_scaling": "ntk", "rope_factor": 4.0},
+    "rope-yarn": {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_base": 100.0},
+    "qk-norm": {"qk_norm": True},
+    "no-bias": {"bias": False},
+    "gelu-exact": {"activation": "gelu"},
+    "relu2": {"activation": "relu2"},
+    "swiglu": {"activation": "swiglu"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "softcap": {"logit_softcap": 5.0},
+    "zero-init": {"zero_init": True},
+    "untied": {"tie_head": False},
+    "one-of-three-experts": {"num_experts": 3},
+    "all-experts": {"num_experts": 3, "experts_per_token": 3},
+    "modern": {
+        "position": "rope", "num_kv_heads": 2, "windows": [5, None], "norm": "rmsnorm", "activation": "swiglu",
+        "bias": False, "qk_norm": True, "logit_softcap": 15.0, "tie_head": False, "num_experts": 4, "experts_per_token": 2,
+    },
+}  # fmt: skip
+"""GPT-2 with one part exchanged, and with all of them."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "-".join(names): SHAPE | POSITIONS[names[0]] | HEADS[names[1]] | WINDOWS[names[2]]
     for names in itertools.product(POSITIONS, HEADS, WINDOWS)
 }
+VARIANTS |= {
+    "-".join([*names, "experts"]): SHAPE | POSITIONS[names[0]] | HEADS[names[1]] | WINDOWS[names[2]] | EXPERTS
+    for names in itertools.product(POSITIONS, HEADS, ["full", "window-5", "windows-3-7"])
+}
+VARIANTS |= {name: SHAPE | part for name, part in PARTS.items()}
 """Name to the arguments of GPT2."""
 
 SHORT = 12
@@ -71,12 +100,6 @@ def tokens(batch: int, time: int, *, vocab_size: int = SHAPE["vocab_size"], seed
     return torch.randint(vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed))
 
 
-def faults(config: GPT2Config) -> dict[str, Rules]:
-    """What could be wrong with a model of this config."""
-    windows = config.windows or (None,)
-    return planted_faults(config.num_heads, config.num_kv_heads or 1, windows, rope=config.position == "rope")
-
-
 def looks_back(config: GPT2Config) -> float:
     """How many tokens before its own a logit depends on: each layer passes on what its window reaches."""
     windows = config.windows or (None,)
@@ -92,7 +115,7 @@ def test_logits_are_the_reference(variant: dict[str, Any]) -> None:
     model, token_ids = build(variant), tokens(2, SHORT)
     logits = model(token_ids)
     assert_same(logits, gpt2_logits(model.state_dict(), model.config, token_ids), within=1e-5)
-    for fault, rules in faults(model.config).items():
+    for fault, rules in planted_faults(model.config).items():
         wrong = gpt2_logits(model.state_dict(), model.config, token_ids, rules)
         assert_differ(logits, wrong, by=1e-3, what=fault)
 
@@ -105,7 +128,9 @@ def test_logits_of_a_long_text_are_the_reference(variant: dict[str, Any], in_blo
     logits = model(token_ids)
     assert in_blocks == [block.attn.window for block in model.blocks]
     assert_same(logits, gpt2_logits(model.state_dict(), model.config, token_ids), within=1e-5)
-    wrong = gpt2_logits(model.state_dict(), model.config, token_ids, faults(model.config)["window one too wide"])
+    wrong = gpt2_logits(
+        model.state_dict(), model.config, token_ids, planted_faults(model.config)["window one too wide"]
+    )
     assert_differ(logits[:, SMALLEST_BLOCK:], wrong[:, SMALLEST_BLOCK:], by=1e-3, what="window one too wide")
 
 
@@ -124,9 +149,13 @@ def test_gradients_are_the_reference(variant: dict[str, Any]) -> None:
     theirs = slowly()
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        assert gradient.any(), f"nothing flows to {name}"
-        assert_same(ours[name], gradient, within=1e-4 * gradient.abs().max().item(), what=name)
-    fault, rules = list(faults(model.config).items())[-1]  # each of them shows in the logits, as the test above says
+        # One expert a token weighs 1, whatever the router says: it learns from the load-balancing loss alone.
+        alone = name.endswith("router.weight") and model.config.experts_per_token == 1
+        assert (gradient.abs().max().item() > 1e-12) != alone, f"what flows to {name}"
+        assert_same(ours[name], gradient, within=1e-4 * max(1e-6, gradient.abs().max().item()), what=name)
+    fault, rules = list(planted_faults(model.config).items())[
+        -1
+    ]  # each of them shows in the logits, as the test above says
     wrong = slowly(rules)
     name = "blocks.0.attn.qkv_proj.weight"
     by = 0.1 * theirs[name].abs().max().item()
@@ -350,7 +379,7 @@ def test_the_first_loss_is_the_log_of_the_vocabulary(variant: dict[str, Any]) ->
 @each_variant
 def test_the_rows_that_pad_the_vocabulary_are_no_tokens(variant: dict[str, Any]) -> None:
     model, token_ids, targets = build(variant), tokens(2, SHORT), tokens(2, SHORT, seed=2)
-    rows = model.token_embedding.weight
+    rows = model.head_weight
     assert len(rows) == 64 and model.vocab_size == 61
     logits, losses = model(token_ids), model(token_ids, targets)
     assert logits.shape == (2, SHORT, 61)
@@ -363,6 +392,10 @@ def test_the_rows_that_pad_the_vocabulary_are_no_tokens(variant: dict[str, Any])
         assert_differ(model(token_ids), logits, by=1.0, what="the last row that is a token")
 
 
+WRITERS = ("output_proj.weight", "down_proj.weight")
+"""What writes to the residual stream."""
+
+
 @each_variant
 def test_the_first_weights_are_gpt2_s(variant: dict[str, Any]) -> None:
     """N(0, 0.02); on the two paths into the residual stream 0.02 / sqrt(2 * layers); biases 0; norms 1."""
@@ -371,10 +404,10 @@ def test_the_first_weights_are_gpt2_s(variant: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             assert torch.equal(parameter, torch.ones(64)), name
-        elif name.endswith("bias"):
+        elif name.endswith("bias") or (variant.get("zero_init") and name.endswith(WRITERS)):
             assert not parameter.any(), name
         else:
-            scaled = name.endswith(("output_proj.weight", "down_proj.weight"))
+            scaled = name.endswith(WRITERS)
             expected = 0.02 / math.sqrt(2 * 3) if scaled else 0.02
             error = 5 / math.sqrt(2 * parameter.numel())  # five standard errors of a standard deviation
             assert parameter.std().item() == pytest.approx(expected, rel=error), name
@@ -386,11 +419,16 @@ def test_the_first_weights_are_gpt2_s(variant: dict[str, Any]) -> None:
 
 @each_variant
 def test_num_parameters_is_the_sum_of_the_parts(variant: dict[str, Any]) -> None:
-    model, embed, hidden = GPT2(**variant), 32, 48
-    qkv = (4 + 2 * (model.config.num_kv_heads or 4)) * 8
-    block = (embed + 1) * qkv + (embed + 1) * embed + (embed + 1) * hidden + (hidden + 1) * embed + 4 * embed
-    positions = 256 if model.config.position == "learned" else 0
-    assert model.num_parameters() == (61 + positions) * embed + 2 * block + 2 * embed
+    model = GPT2(**variant)
+    config, embed, hidden = model.config, 32, variant["ff_hidden_dim"]
+    bias, up, experts = config.bias, 2 if config.activation == "swiglu" else 1, config.num_experts
+    qkv = (4 + 2 * (config.num_kv_heads or 4)) * 8
+    norm = embed * (2 if bias and config.norm == "layernorm" else 1)
+    mlp = (embed + bias) * up * hidden + (hidden + bias) * embed
+    router = embed * experts if experts > 1 else 0
+    block = (embed + bias) * qkv + (embed + bias) * embed + experts * mlp + router + 2 * norm
+    positions, heads = 256 if config.position == "learned" else 0, 1 if config.tie_head else 2
+    assert model.num_parameters() == (heads * 61 + positions) * embed + 2 * block + norm
 
 
 @pytest.mark.parametrize(
@@ -482,6 +520,13 @@ def test_windows_are_tiled_over_the_layers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": "yarn", "rope_factor": 2}, "rope_scaling yarn needs position rope, not learned"),
+        ({"position": "rope", "rope_scaling": "ntk"}, "rope_scaling ntk and rope_factor 1 go together"),
+        ({"position": "rope", "rope_factor": 2}, "rope_scaling None and rope_factor 2 go together"),
+        ({"num_experts": 2, "experts_per_token": 3}, "experts_per_token 3 is more than num_experts 2"),
+        ({"logit_softcap": 0}, "greater than 0"),
+        ({"activation": "silu"}, "activation"),
+        ({"experts": 2}, "experts"),
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 32"),
         ({"num_kv_heads": 3}, "num_kv_heads 3 does not divide num_heads 4"),
         ({"num_heads": 32, "position": "rope"}, "odd"),

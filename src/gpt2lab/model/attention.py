@@ -97,6 +97,8 @@ class GroupQueryAttention(nn.Module):
         num_kv_heads: key and value heads; must divide num_heads.
         window: tokens a token may see, itself included; None: all.
         rotate: applied to queries and keys with their positions before they are remembered; None: nothing is.
+        qk_norm: applied to queries and keys before that (Henry et al. 2020, arXiv:2010.04245); None: nothing is.
+        bias: whether the projections have one.
         dropout: on attention weights and on the output, while training.
 
     Raises:
@@ -111,6 +113,8 @@ class GroupQueryAttention(nn.Module):
         *,
         window: int | None = None,
         rotate: Rotate | None = None,
+        qk_norm: nn.Module | None = None,
+        bias: bool = True,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -119,9 +123,9 @@ class GroupQueryAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, embed_dim // num_heads
-        self.window, self.rotate = window, rotate
-        self.qkv_proj = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.window, self.rotate, self.qk_norm = window, rotate, qk_norm
+        self.qkv_proj = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias)
+        self.output_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.attn_dropout = dropout
         self.dropout = nn.Dropout(dropout)
 
@@ -139,6 +143,8 @@ class GroupQueryAttention(nn.Module):
         """
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
         if self.rotate is not None:
             q, k = self.rotate(q, positions), self.rotate(k, positions)
         q_start = k_start = 0

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from gpt2lab.model.attention import GroupQueryAttention
 from gpt2lab.model.cache import KVCache
 from gpt2lab.model.mlp import MLP
+from gpt2lab.model.moe import MoE, Routing
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream (pre-norm, as in GPT-2)."""
+    """Attention and MLP (or experts), each behind a norm and added to the residual stream (pre-norm, as in GPT-2)."""
 
-    def __init__(self, attn_norm: nn.Module, attn: GroupQueryAttention, mlp_norm: nn.Module, mlp: MLP) -> None:
+    def __init__(self, attn_norm: nn.Module, attn: GroupQueryAttention, mlp_norm: nn.Module, mlp: MLP | MoE) -> None:
         super().__init__()
         self.attn_norm, self.attn = attn_norm, attn
         self.mlp_norm, self.mlp = mlp_norm, mlp
@@ -23,6 +24,7 @@ class Block(nn.Module):
         x: Float[Tensor, "batch time embed"],
         positions: Int[Tensor, " time"],
         cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> Float[Tensor, "batch time embed"]:
         x = x + self.attn(self.attn_norm(x), positions, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), routing)

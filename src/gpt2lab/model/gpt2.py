@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Self, cast
+from dataclasses import fields
+from typing import Any, Self, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gpt2lab.config import GPT2_VOCAB_SIZE, GPT2Config
+from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.attention import GroupQueryAttention
 from gpt2lab.model.block import Block
 from gpt2lab.model.cache import Cache, KVCache
 from gpt2lab.model.loss import token_losses
 from gpt2lab.model.mlp import MLP
+from gpt2lab.model.moe import MoE, Routing
 from gpt2lab.model.rope import RotaryEmbedding
+
+NORM_EPS = 1e-5
 
 
 class GPT2(nn.Module):
@@ -27,17 +32,13 @@ class GPT2(nn.Module):
         max_seq_len: the longest context, in tokens.
         embed_dim: width of the residual stream.
         num_heads: query heads.
-        ff_hidden_dim: inner width of the MLP.
+        ff_hidden_dim: inner width of the MLP, or of one expert.
         num_layers: blocks.
-        num_kv_heads: key and value heads; None: num_heads.
-        position: "learned" or "rope".
-        rope_base: RoPE's base.
-        windows: tokens each layer may look at, tiled over the layers; None: all of them, in a layer or in all.
-        dropout: probability, while training.
         generator: draws the first weights; None: the global one.
+        variants: the other fields of `GPT2Config`, by name: num_kv_heads, position, windows, num_experts, norm...
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown position.
+        ValueError: sizes that do not divide, or variants that cannot be.
     """
 
     def __init__(
@@ -49,84 +50,96 @@ class GPT2(nn.Module):
         ff_hidden_dim: int,
         num_layers: int,
         *,
-        num_kv_heads: int | None = None,
-        position: Literal["learned", "rope"] = "learned",
-        rope_base: float = 10000.0,
-        windows: Sequence[int | None] | None = None,
-        dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        **variants: Any,
     ) -> None:
         super().__init__()
+        if variants.get("num_kv_heads") is None:
+            variants["num_kv_heads"] = num_heads
         # One place knows which shapes are possible; both doors, this one and the config, go through it.
-        self.config = GPT2Config(
+        self.config = config = GPT2Config(
             vocab_size=vocab_size,
             max_seq_len=max_seq_len,
             embed_dim=embed_dim,
             num_heads=num_heads,
-            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
             ff_hidden_dim=ff_hidden_dim,
             num_layers=num_layers,
-            position=position,
-            rope_base=rope_base,
-            windows=tuple(windows) if windows is not None else None,
-            dropout=dropout,
+            **variants,
         )
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
-        head_dim = embed_dim // num_heads
-        windows = windows or [None]
-        rotate = RotaryEmbedding(head_dim, max_seq_len, base=rope_base) if position == "rope" else None
+        learned, dropout = config.position == "learned", config.dropout
+        windows = config.windows or (None,)
+        activation = ACTIVATIONS[config.activation]
+        rotate = None
+        if not learned:
+            rotate = RotaryEmbedding(
+                config.head_dim,
+                max_seq_len,
+                base=config.rope_base,
+                scaling=config.rope_scaling,
+                factor=config.rope_factor,
+            )
+        qk_norm = nn.RMSNorm(config.head_dim, eps=NORM_EPS, elementwise_affine=False) if config.qk_norm else None
 
-        self.token_embedding = nn.Embedding(self.config.padded_vocab_size, embed_dim)
-        self.position_embedding = nn.Embedding(max_seq_len, embed_dim) if position == "learned" else None
+        def norm() -> nn.Module:
+            if config.norm == "rmsnorm":
+                return nn.RMSNorm(embed_dim, eps=NORM_EPS)
+            return nn.LayerNorm(embed_dim, eps=NORM_EPS, bias=config.bias)
+
+        def mlp() -> MLP | MoE:
+            how: dict[str, Any] = {"activation": activation, "bias": config.bias, "dropout": dropout}
+            if config.num_experts == 1:
+                return MLP(embed_dim, ff_hidden_dim, **how)
+            return MoE(embed_dim, ff_hidden_dim, config.num_experts, config.experts_per_token, **how)
+
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, embed_dim)
+        self.position_embedding = nn.Embedding(max_seq_len, embed_dim) if learned else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
-                nn.LayerNorm(embed_dim),
+                norm(),
                 GroupQueryAttention(
                     embed_dim,
                     num_heads,
-                    num_heads if num_kv_heads is None else num_kv_heads,
+                    variants["num_kv_heads"],
                     window=windows[layer % len(windows)],
                     rotate=rotate,
+                    qk_norm=qk_norm,
+                    bias=config.bias,
                     dropout=dropout,
                 ),
-                nn.LayerNorm(embed_dim),
-                MLP(embed_dim, ff_hidden_dim, dropout=dropout),
+                norm(),
+                mlp(),
             )
             for layer in range(num_layers)
         )
-        self.final_norm = nn.LayerNorm(embed_dim)
+        self.final_norm = norm()
+        self.head = None if config.tie_head else nn.Linear(embed_dim, config.padded_vocab_size, bias=False)
         self.init_weights(generator)
 
     @classmethod
     def from_config(cls, config: GPT2Config, *, generator: torch.Generator | None = None) -> Self:
         """The model that a config describes."""
-        return cls(
-            config.vocab_size or GPT2_VOCAB_SIZE,
-            config.max_seq_len,
-            config.embed_dim,
-            config.num_heads,
-            config.hidden_dim,
-            config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            position=config.position,
-            rope_base=config.rope_base,
-            windows=config.windows,
-            dropout=config.dropout,
-            generator=generator,
-        )
+        values = {field.name: getattr(config, field.name) for field in fields(config)}
+        decided = {"vocab_size": config.vocab_size or GPT2_VOCAB_SIZE, "ff_hidden_dim": config.hidden_dim}
+        return cls(**values | decided, generator=generator)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """GPT-2's first weights: N(0, 0.02), biases 0, norms 1; what writes to the residual stream is scaled by depth."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, 0.02, generator=generator)
-            if isinstance(module, nn.Linear):
-                module.bias.zero_()
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
         for block in self.layers:
             for projection in (block.attn.output_proj, block.mlp.down_proj):
-                projection.weight.div_(math.sqrt(2 * len(self.blocks)))
+                if self.config.zero_init:
+                    projection.weight.zero_()
+                else:
+                    projection.weight.div_(math.sqrt(2 * len(self.blocks)))
 
     def forward(
         self,
@@ -134,12 +147,14 @@ class GPT2(nn.Module):
         targets: Int[Tensor, "batch time"] | None = None,
         *,
         cache: Cache | None = None,
+        routing: Routing | None = None,
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch time"]:
         """Logits for the token after each one; or, with `targets`, each target's loss in nats.
 
         Args:
             targets: the true next tokens; -100 is not scored and costs 0.
             cache: what was read before; `token_ids` continue it and are added to it.
+            routing: is told what the routers of a model with experts decide.
 
         Raises:
             ValueError: a position beyond what a model with learned positions has.
@@ -155,9 +170,11 @@ class GPT2(nn.Module):
         x = self.dropout(x)
         layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
         for block, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x = block(x, positions, layer_cache)
+            x = block(x, positions, layer_cache, routing)
         # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
-        logits = nn.functional.linear(self.final_norm(x), self.token_embedding.weight)[..., : self.vocab_size]
+        logits = nn.functional.linear(self.final_norm(x), self.head_weight)[..., : self.vocab_size]
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits if targets is None else token_losses(logits, targets)
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> Cache:
@@ -184,6 +201,11 @@ class GPT2(nn.Module):
         return cast("Sequence[Block]", self.blocks)
 
     @property
+    def head_weight(self) -> Tensor:
+        """The matrix that makes logits: the token embedding, unless the head has weights of its own."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.token_embedding.weight.device
@@ -191,4 +213,5 @@ class GPT2(nn.Module):
     def num_parameters(self) -> int:
         """Numbers that are learned, without the rows that pad the vocabulary; the tied head counts once."""
         padding = self.token_embedding.num_embeddings - self.vocab_size
+        padding *= 1 if self.head is None else 2
         return sum(p.numel() for p in self.parameters()) - padding * self.token_embedding.embedding_dim
