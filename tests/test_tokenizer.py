@@ -394,5 +394,5 @@ def test_a_file_too_large_to_be_a_vocabulary_is_not_read(tmp_path: Path, monkeyp
     Tokenizer.bytes().save(tmp_path)
     Tokenizer.load(tmp_path)
     monkeypatch.setattr(module, "LARGEST_FILE", 100)
-    with pytest.raises(DataError, match="more than 100 bytes"):
+    with pytest.raises(DataError, match="no file of at most 100 bytes"):
         Tokenizer.load(tmp_path)

@@ -12,25 +12,29 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gpt2lab.errors import CheckpointError
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.paths import whole_folder
 from gpt2lab.recipe import Setting, build_model_config, parse_recipe
+from gpt2lab.tensors import tensors_in
 from gpt2lab.tokenizer import Tokenizer
 
 FORMAT = 1
 MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json", "manifest.json",
 )  # fmt: skip
+
+
+Manifest = dict[str, dict[str, Any]]
+"""Size and SHA-256 of each file, by name."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,28 @@ class Checkpoint:
     Attributes:
         recipe: the settings of the run that wrote it; of an imported model, its shape alone.
         state: step, tokens and the like; empty for an imported model.
-        files: the contents that were verified.
+        files: what the manifest lists; a file is compared with it once more when it is read.
     """
 
     folder: Path
     recipe: dict[str, Setting]
     state: dict[str, Any]
-    files: dict[str, bytes]
+    files: Manifest
+
+    def read(self, name: str) -> bytearray:
+        """The content of a file, which is what the manifest says.
+
+        Raises:
+            CheckpointError: it is not there, or has changed.
+        """
+        try:
+            content = bytearray(self.files[name]["size"])
+            with (self.folder / name).open("rb") as file:
+                file.readinto(content)
+            _compare(name, self.files[name], {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(self.folder, error) from None
+        return content
 
     def load_weights(self, model: nn.Module) -> None:
         """Put the weights into `model`, strictly.
@@ -77,9 +96,9 @@ class Checkpoint:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         try:
-            return parse_safetensors(self.files[name])
-        except (KeyError, SafetensorError) as error:
-            cause = str(error) if name in self.files else "the file is not there"
+            return dict(tensors_in(self.read(name)))
+        except ValueError as error:
+            cause = str(error)
             raise CheckpointError(
                 "unusable weights", where=str(self.folder / name), cause=cause, fix="use another one"
             ) from None
@@ -105,12 +124,8 @@ def save(
         model: not wrapped by compile or a strategy, so that the names in the file are the names in the code.
         recipe: YAML text that describes at least the model.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        _save_tensors(aside / MODEL, model.state_dict())
+    with whole_folder(folder) as aside:
+        save_tensors(aside / MODEL, model.state_dict())
         if optimizer is not None:
             named = [
                 (f"{name}/{key}", value)
@@ -118,35 +133,23 @@ def save(
                 for key, value in optimizer.state[p].items()
             ]
             # Adam's step count is a CPU scalar or a tensor, SGD may hold None before its first step.
-            _save_tensors(aside / OPTIMIZER, {name: value for name, value in named if isinstance(value, Tensor)})
+            save_tensors(aside / OPTIMIZER, {name: value for name, value in named if isinstance(value, Tensor)})
         tokenizer.save(aside)
         (aside / CONFIG).write_text(recipe, encoding="utf-8")
         (aside / STATE).write_text(json.dumps(state or {}, indent=1))
         write_manifest(aside, step=(state or {}).get("step"), run_id=(state or {}).get("run_id"))
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     verify(folder)
 
 
 def write_manifest(folder: Path, **about: Any) -> None:
     """List the folder's files with their sizes and hashes, and sign the list with its own hash."""
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
+    files = {path.name: _measure(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     manifest = {"format": FORMAT, **about, "files": files}
     (folder / MANIFEST).write_bytes(_signed(manifest))
 
 
-def verify(folder: Path) -> dict[str, bytes]:
-    """Every file of a step folder, checked against its manifest, as the bytes that were checked.
+def verify(folder: Path) -> Manifest:
+    """Check every file of a step folder against its manifest, and return what that lists.
 
     Raises:
         CheckpointError: a file is missing, changed, or not listed, or a newer gpt2lab wrote the folder.
@@ -165,17 +168,13 @@ def verify(folder: Path) -> dict[str, bytes]:
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         if present != set(manifest["files"]):
             raise ValueError(f"it lists {sorted(manifest['files'])}, but there are {sorted(present)}")
-        contents = {name: (folder / name).read_bytes() for name in manifest["files"]}
         for name, listed in manifest["files"].items():
-            found = {"size": len(contents[name]), "sha256": hashlib.sha256(contents[name]).hexdigest()}
-            if found != listed:
-                raise ValueError(f"{name} should be {listed['size']} bytes, {listed['sha256'][:12]}..., but is {found}")
+            _compare(name, listed, _measure(folder / name))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "copy it again, or go back to an older step folder"
-        raise CheckpointError("damaged checkpoint", where=str(folder), cause=str(error), fix=fix) from None
-    return contents
+        raise _damaged(folder, error) from None
+    return dict(manifest["files"])
 
 
 def load(folder: Path) -> Checkpoint:
@@ -184,9 +183,9 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: it is damaged, or missing.
     """
-    files = verify(folder)
-    recipe = parse_recipe(files[CONFIG].decode(), str(folder / CONFIG))
-    return Checkpoint(folder, recipe, json.loads(files[STATE]), files)
+    found = Checkpoint(folder, {}, {}, verify(folder))
+    recipe = parse_recipe(found.read(CONFIG).decode(), str(folder / CONFIG))
+    return replace(found, recipe=recipe, state=json.loads(found.read(STATE)))
 
 
 def step_folders(run: Path) -> list[Path]:
@@ -255,22 +254,28 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     model.load_state_dict(tensors, assign=meta)
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # safetensors writes 0600, which locks colleagues out
 
 
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, onto the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _measure(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file; a piece at a time, since weights are large."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _compare(name: str, listed: Any, found: dict[str, Any]) -> None:
+    if found != listed:
+        raise ValueError(f"{name} should be {listed['size']} bytes, {listed['sha256'][:12]}..., but is {found}")
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    fix = "copy it again, or go back to an older step folder"
+    return CheckpointError("damaged checkpoint", where=str(folder), cause=str(error), fix=fix)
 
 
 def _signed(manifest: dict[str, Any]) -> bytes:

@@ -1,12 +1,12 @@
-"""Where files lie that belong to no run: prepared text, corpora that somebody already has, and the Hub."""
+"""Where files lie that belong to no run, and how files and folders are written whole."""
 
 from __future__ import annotations
 
-import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from gpt2lab.errors import DataError
 
 LOCAL_FOLDERS = ("data", "../shared/data")
 """Looked into for a local copy before anything is downloaded; the environment variable GPT2LAB_DATA comes first."""
@@ -28,27 +28,37 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder` at the end: after a crash at any point, that is whole or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in (*aside.iterdir(), aside):
+            sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, onto the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def local_copy(name: str) -> Path | None:
     """The file or folder of that name in one of the local data folders, or None."""
     folders = [folder for folder in (os.environ.get("GPT2LAB_DATA"), *LOCAL_FOLDERS) if folder]
     return next((path for folder in folders if (path := Path(folder) / name).exists()), None)
-
-
-def hub_files(repository: str, *names: str) -> list[Path]:
-    """Files of a repository on the Hugging Face Hub, from its local cache or downloaded.
-
-    Raises:
-        DataError: one is not in the cache and cannot be downloaded.
-    """
-    from huggingface_hub import hf_hub_download
-
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # one line from us says it better
-    try:
-        return [Path(hf_hub_download(repository, name)) for name in names]
-    except Exception as error:  # its own types and those of its HTTP client, which change between releases
-        raise DataError(
-            "cannot be had from the Hub",
-            where=f"{repository}: {', '.join(names)}",
-            cause=f"it is not in the local cache, and the download failed ({type(error).__name__})",
-            fix="check the name, go online once, or give a local folder in its place",
-        ) from None

@@ -18,11 +18,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from gpt2lab.errors import ConfigError, DataError
-from gpt2lab.paths import hub_files, local_copy
+from gpt2lab.hub import fetch
+from gpt2lab.paths import local_copy
 
 GPT2_ON_HUB = "openai-community/gpt2"
 END_OF_TEXT = "<|endoftext|>"
 FILE = "tokenizer.json"
+PAIRS = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]  # Hugging Face's names, and OpenAI's
 LARGEST_FILE = 64 * 2**20
 
 _PIECE = 1 << 16  # characters encoded at once; pieces are encoded in parallel
@@ -88,18 +90,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """A tokenizer from a folder: our own ``tokenizer.json``, or GPT-2's ``vocab.json`` and ``merges.txt``.
+        """A tokenizer from a folder: our own ``tokenizer.json``, or GPT-2's vocabulary and merges.
 
         Raises:
             DataError: neither is there, or it is damaged.
         """
         folder = Path(folder)
-        own, pair = folder / FILE, (folder / "vocab.json", folder / "merges.txt")
+        own, pairs = folder / FILE, [[folder / name for name in pair] for pair in PAIRS]
         try:
-            if any(path.stat().st_size > LARGEST_FILE for path in (own, *pair) if path.exists()):
-                raise ValueError(f"a file of more than {LARGEST_FILE} bytes is no vocabulary")
-            if all(path.is_file() for path in pair):
-                return cls(_byte_level(models.BPE.from_file(*map(str, pair))))
+            for path in (own, *(path for pair in pairs for path in pair)):
+                if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_FILE):
+                    raise ValueError(f"{path.name} is no file of at most {LARGEST_FILE} bytes")
+            for pair in pairs:
+                if all(path.is_file() for path in pair):
+                    return cls(_byte_level(models.BPE.from_file(*map(str, pair))))
             if own.is_file():
                 return cls(_without_specials(Backend.from_file(str(own))))
         except DataError:
@@ -109,14 +113,18 @@ class Tokenizer:
         cause = f"neither {FILE} nor vocab.json with merges.txt is there"
         raise DataError("no tokenizer", where=str(folder), cause=cause, fix="give a folder that has them, or `bytes`")
 
+    def to_json(self) -> str:
+        """What ``tokenizer.json`` says."""
+        return str(self._backend.to_str(pretty=False))
+
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` into `folder`."""
-        Path(folder, FILE).write_text(self._backend.to_str(pretty=False), encoding="utf-8")
+        Path(folder, FILE).write_text(self.to_json(), encoding="utf-8")
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides ids."""
-        return hashlib.sha256(self._backend.to_str(pretty=False).encode()).hexdigest()
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, as int32, without a separator.
@@ -171,8 +179,7 @@ def open_tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
             )
         return Tokenizer.train_bpe(texts, int(name[4:]))
     if name == "gpt2":
-        files = "vocab.json", "merges.txt"
-        return Tokenizer.load(local_copy("gpt2-tokenizer") or hub_files(GPT2_ON_HUB, *files)[0].parent)
+        return Tokenizer.load(local_copy("gpt2-tokenizer") or fetch(GPT2_ON_HUB, *PAIRS[0]))
     if Path(name).is_dir():
         return Tokenizer.load(name)
     fix = "bytes, chars, bpe:4096, gpt2, or a folder with vocab.json and merges.txt"
