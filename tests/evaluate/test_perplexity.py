@@ -38,7 +38,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT2, GPT2LMHeadMode
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     theirs.eval().save_pretrained(folder)
     BYTES.save(folder)
-    return hf.read(str(folder)).model, theirs
+    return hf.read(folder).model, theirs
 
 
 @torch.inference_mode()

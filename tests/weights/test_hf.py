@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.errors import CheckpointError, ConfigError, LabError
+from gpt2lab.errors import CheckpointError, ConfigError, LabError, UntrustedFileError
 from gpt2lab.generation import generate
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
@@ -177,25 +180,30 @@ def test_every_layout_is_the_same_model_and_every_tensor_is_accounted_for(
     change: Callable[[Path], None], folder: Path, original: tuple[Path, GPT2LMHeadModel]
 ) -> None:
     change(folder)
-    found = hf.read(str(folder))
+    found = hf.read(folder)
     assert_same(logits(found.model), logits(original[1]), within=1e-4)
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.float32}
-    left_over = [name.split(" (")[0] for name in found.left_over]
-    assert sorted([*found.loaded, *found.transposed, *left_over]) == tensor_names(folder)
-    stripped = {name.split("transformer.")[-1].split("_orig_mod.")[-1] for name in found.transposed}
-    assert stripped == MATRICES and len(found.loaded) == 28 - len(MATRICES) and not found.missing and not found.cut
+    left_over = [name.split(" (")[0] for name in found.map.left_over]
+    assert sorted([*found.map.loaded, *found.map.transposed, *left_over]) == tensor_names(folder)
+    stripped = {name.split("transformer.")[-1].split("_orig_mod.")[-1] for name in found.map.transposed}
+    assert (
+        stripped == MATRICES
+        and len(found.map.loaded) == 28 - len(MATRICES)
+        and not found.map.missing
+        and not found.map.cut
+    )
 
 
 def test_what_holds_nothing_to_learn_from_is_listed_with_the_reason(folder: Path) -> None:
     with_buffers(folder)
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": tensors["wte.weight"], "score.weight": torch.zeros(3)})
-    assert sorted(hf.read(str(folder)).left_over) == sorted(
+    assert sorted(hf.read(folder).map.left_over) == sorted(
         [
             f"h.{layer}.attn.{name} (the causal mask, which is a rule here)"
             for layer in (0, 1)
             for name in ("bias", "masked_bias")
         ]
-        + ["lm_head.weight (tied to wte.weight)", "score.weight (no part of a GPT-2)"]
+        + ["lm_head.weight (tied to the token embedding)", "score.weight (no part of this model)"]
     )
 
 
@@ -290,9 +298,66 @@ def shape_lies(folder: Path) -> None:
     (folder / hf.WEIGHTS).write_bytes(content.replace(b"[280,32]", b"[281,32]", 1))
 
 
+def header(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """A safetensors file whose header is another one."""
+
+    def damage(folder: Path) -> None:
+        content = (folder / hf.WEIGHTS).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        changed = change(content[8 : 8 + length].rstrip())
+        (folder / hf.WEIGHTS).write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
+
+    return damage
+
+
+def many_tensors(_: bytes) -> bytes:
+    return json.dumps({f"{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(10_001)}).encode()
+
+
+def append(path: Path, content: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(content)
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def elsewhere(name: str) -> Callable[[Path], None]:
+    """A file that is whole, but lies one folder above, and a link to it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / f"other-{name}")
+        (folder / name).symlink_to(folder.parent / f"other-{name}")
+
+    return damage
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    return without(name, then=lambda folder: os.mkfifo(folder / name))
+
+
+def big_merges(folder: Path) -> None:
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").touch()
+    os.truncate(folder / "merges.txt", 100 * 2**20)
+
+
+def holes(folder: Path) -> None:
+    known = json.loads((folder / "tokenizer.json").read_text())
+    known["model"]["vocab"]["<|endoftext|>"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(known))
+
+
+def pickled_shards(folder: Path) -> None:
+    without(hf.WEIGHTS)(folder)
+    write("pytorch_model-00001-of-00001.bin", b"\x80\x04cos\nsystem\n(S'true'\ntR.")(folder)
+    write("pytorch_model.bin.index.json", '{"weight_map": {"wte.weight": "pytorch_model-00001-of-00001.bin"}}')(folder)
+
+
 PICKLE = without(hf.WEIGHTS, then=write("pytorch_model.bin", b"\x80\x04cos\nsystem\n"))
 REFUSED: dict[str, tuple[Callable[[Path], None], int, str]] = {
-    "only a pickle": (PICKLE, 8, "pytorch_model.bin is a pickle, which can run code"),
+    "only a pickle": (PICKLE, 8, "pytorch_model.bin.*(os|posix).system"),
     "no weights": (without(hf.WEIGHTS), 4, "neither model.safetensors nor"),
     "a tensor missing": (tensors(h__1__mlp__c_fc__weight=None), 4, "missing h.1.mlp.c_fc.weight"),
     "many tensors missing": (config(n_layer=9), 4, "missing h.2.ln_1.weight; .*; and 79 more"),
@@ -312,41 +377,75 @@ REFUSED: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "a tensor twice": (twice, 4, "wpe.weight is there twice, also as .*wpe.weight"),
     "NaN": (tensors(ln_f__bias=lambda t: t * torch.nan), 4, "ln_f.bias has numbers that are not finite"),
     "infinity": (tensors(wpe__weight=lambda t: t / 0), 4, "wpe.weight has numbers that are not finite"),
-    "a head of its own": (untied, 4, "lm_head.weight is not wte.weight, but this model's head is tied"),
-    "a head without dimensions": (number_for_a_head, 4, "lm_head.weight is not wte.weight"),
-    "relu": (config(activation_function="relu"), 4, "'relu', where this model computes 'gelu_new'"),
-    "the exact gelu": (config(activation_function="gelu"), 4, "activation_function is 'gelu'"),
-    "another model": (config(model_type="gpt_neo"), 4, "model_type is 'gpt_neo'"),
+    "a head of its own": (untied, 4, "lm_head.weight is not the token embedding, but this model's head is tied"),
+    "a head without dimensions": (number_for_a_head, 4, "lm_head.weight is not the token embedding"),
+    "relu": (config(activation_function="relu"), 4, "activation_function is 'relu'; known are"),
+    "another model": (config(model_type="bert"), 4, "model_type is 'bert'; known are gpt2, gpt_bigcode"),
+    "a model type that is a list": (config(model_type=["gpt2"]), 4, "model_type is"),
+    "another class's config": (config(model_type="gpt_neo"), 4, "weights do not fit"),
     "another epsilon": (config(layer_norm_epsilon=1e-6), 4, "layer_norm_epsilon is 1e-06"),
     "scores not scaled": (config(scale_attn_weights=False), 4, "scale_attn_weights is False"),
     "scores scaled by layer": (config(scale_attn_by_inverse_layer_idx=True), 4, "scale_attn_by_inverse_layer_idx"),
     "cross attention": (config(add_cross_attention=True), 4, "add_cross_attention is True"),
     "heads that do not divide": (config(n_head=5), 4, "num_heads 5 does not divide embed_dim 32"),
     "a huge width": (config(n_embd=10**9), 4, "n_embd: Input should be less than or equal to 1048576"),
-    "a huge number": (write(hf.CONFIG, '{"model_type": "gpt2", "n_embd": 1' + "0" * 5000 + "}"), 4, "unusable config"),
+    "a huge number": (write(hf.CONFIG, '{"model_type": "gpt2", "n_embd": 1' + "0" * 5000 + "}"), 4, "unusable JSON"),
     "no heads": (config(n_head=0), 4, "n_head: Input should be greater than or equal to 1"),
     "a number as text": (config(n_layer="2"), 4, "n_layer: Input should be a valid integer"),
     "a number as truth": (config(n_layer=True), 4, "n_layer: Input should be a valid integer"),
-    "an empty config": (write(hf.CONFIG, ""), 4, "unusable config"),
-    "a config that is a list": (write(hf.CONFIG, "[]"), 4, "unusable config"),
-    "half a config": (write(hf.CONFIG, '{"model_type": "gp'), 4, "unusable config"),
-    "a config of brackets": (write(hf.CONFIG, "[" * 100_000), 4, "unusable config"),
-    "a config that is no text": (write(hf.CONFIG, b"\xff\xfe"), 4, "unusable config"),
-    "a config of 2 MB": (write(hf.CONFIG, "{" + " " * 2**21 + "}"), 4, "too many for a config"),
-    "an index that leads out": (leads_out, 4, r"it names '\.\./model.safetensors', which is no file of this folder"),
+    "an empty config": (write(hf.CONFIG, ""), 4, "unusable JSON"),
+    "a config that is a list": (write(hf.CONFIG, "[]"), 4, "model_type is None"),
+    "half a config": (write(hf.CONFIG, '{"model_type": "gp'), 4, "unusable JSON"),
+    "a config of brackets": (write(hf.CONFIG, "[" * 100_000), 4, "unusable JSON"),
+    "a config that is no text": (write(hf.CONFIG, b"\xff\xfe"), 4, "unusable JSON"),
+    "a config of 2 MB": (write(hf.CONFIG, "{" + " " * 2**21 + "}"), 4, "1048576 are allowed"),
+    "an index that leads out": (leads_out, 4, r"it names '\.\./model.safetensors', which is no"),
     "an index of what is not there": (index({"weight_map": {"a": "b.safetensors"}}), 4, "it names 'b.safetensors'"),
     "an index of nothing": (index({"weight_map": {}}), 4, "missing wte.weight"),
     "an index that is a list": (index([]), 4, "unusable index"),
-    "an index of numbers": (index({"weight_map": {"wte.weight": 5}}), 4, "it names '5', which is no file"),
-    "an index of brackets": (index("[" * 100_000), 4, "unusable index"),
-    "half an index": (index('{"weight_map": {'), 4, "unusable index"),
+    "an index of numbers": (index({"weight_map": {"wte.weight": 5}}), 4, "no weight_map from tensors to files"),
+    "an index of brackets": (index("[" * 100_000), 4, "nested too deep"),
+    "half an index": (index('{"weight_map": {'), 4, "unusable JSON"),
+    "an index of a pickle": (index({"weight_map": {"wte.weight": "tokenizer.json"}}), 4, "which is no safetensors file"),
+    "an index of 300 shards": (index({"weight_map": {f"{n}": f"{n}.safetensors" for n in range(300)}}), 4, "300 files; 256"),
     "truncated weights": (truncated, 4, "unusable weights"),
     "empty weights": (write(hf.WEIGHTS, b""), 4, "unusable weights"),
     "a pickle renamed": (write(hf.WEIGHTS, b"\x80\x04cos\nsystem\n"), 4, "unusable weights"),
     "a header of 2**60 bytes": (write(hf.WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"), 4, "unusable weights"),
     "a shape that lies": (shape_lies, 4, "unusable weights"),
+    "a header that says a tensor twice": (header(lambda h: h[:-1] + b"," + h[1:]), 4, "stands there twice"),
+    "a header of brackets": (header(lambda h: b"[" * 100_000), 4, "the header is no JSON"),
+    "a header of 5 MB": (header(lambda h: h + b" " * 5 * 2**20), 4, "4194304 are allowed"),
+    "a header that is a list": (header(lambda h: b"[]"), 4, "no list of at most 10000 tensors"),
+    "a header of 10001 tensors": (header(many_tensors), 4, "no list of at most 10000 tensors"),
+    "a header of numbers": (header(lambda h: h.replace(b'"F32"', b"32", 1)), 4, "cannot be"),
+    "a dtype that is none": (header(lambda h: h.replace(b'"F32"', b'"F31"', 1)), 4, "cannot be"),
+    "another dtype of the same width": (header(lambda h: h.replace(b'"F32"', b'"I64"', 1)), 4, "cannot be"),
+    "a shape of 2**60": (header(lambda h: h.replace(b"[280,32]", b"[1152921504606846976,32]", 1)), 4, "cannot be"),
+    "a negative shape": (header(lambda h: h.replace(b"[280,32]", b"[-280,-32]", 1)), 4, "cannot be"),
+    "a shape of truths": (header(lambda h: h.replace(b"[280,32]", b"[true,8960]", 1)), 4, "cannot be"),
+    "tensors that overlap": (header(lambda h: re.sub(rb"\[0,(\d+)\]", rb"[4,\1]", h, count=1)), 4, "cannot be|begins at"),
+    "bytes of no tensor": (lambda f: void(append(f / hf.WEIGHTS, b"more")), 4, "bytes, but .* are there"),
+    "weights that are a folder": (without(hf.WEIGHTS, then=lambda f: (f / hf.WEIGHTS).mkdir()), 8, "it is no plain file"),
+    "weights that are a pipe": (without(hf.WEIGHTS, then=lambda f: os.mkfifo(f / hf.WEIGHTS)), 8, "it is no plain file"),
+    "weights that are a device": (without(hf.WEIGHTS, then=link(hf.WEIGHTS, "/dev/zero")), 8, "it is no plain file"),
+    "weights that are a link elsewhere": (elsewhere(hf.WEIGHTS), 8, "it is a link to .*, outside its folder"),
+    "weights that are a link to themselves": (without(hf.WEIGHTS, then=link(hf.WEIGHTS, hf.WEIGHTS)), 4, "no weights"),
+    "a sparse file of 1 TB": (lambda f: os.truncate(f / hf.WEIGHTS, 2**40), 4, "unusable weights"),
+    "a config that is a pipe": (without(hf.CONFIG, then=lambda f: os.mkfifo(f / hf.CONFIG)), 4, "no such model"),
+    "a config that is a link elsewhere": (elsewhere(hf.CONFIG), 8, "outside its folder"),
+    "a config that says a thing twice": (write(hf.CONFIG, '{"n_embd": 32, "n_embd": 64}'), 4, "stands there twice"),
+    "not a number": (config(layer_norm_epsilon=float("nan")), 4, "layer_norm_epsilon is nan"),
+    "more layers than there is memory": (config(n_embd=2**20, n_head=2**10, n_layer=1024), 4, r"not \(1048576, 3145728\)"),
+    "a tokenizer of a foreign kind": (write("tokenizer.json", '{"model": {}}'), 4, "damaged tokenizer"),
+    "a tokenizer that is a pipe": (pipe("tokenizer.json"), 4, "no tokenizer|damaged"),
+    "a merges file of 100 MB": (big_merges, 4, "damaged tokenizer"),
+    "a tokenizer with holes": (holes, 4, "unusable tokenizer"),
+    "only a sharded pickle": (pickled_shards, 8, "is a pickle|pickled code"),
+    "a checkpoint folder of torch": (without(hf.WEIGHTS, then=write(".metadata", b"\x80\x04cos\nsystem\n")), 8, "pickle"),
+    "training arguments alone": (without(hf.WEIGHTS, then=write("training_args.bin", b"\x80\x04cos\nsystem\n")), 8, "pickle"),
     "a larger tokenizer": (lambda f: Tokenizer.train_bpe([STORY * 3], 281).save(f), 4, "the tokenizer has 281 tokens"),
-    "no tokenizer": (without("tokenizer.json"), 3, "no tokenizer"),
+    "no tokenizer": (without("tokenizer.json"), 4, "no tokenizer"),
 }  # fmt: skip
 
 
@@ -385,30 +484,74 @@ def test_a_folder_that_holds_something_is_left_alone(folder: Path, tmp_path: Pat
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "hub_files", lambda *args: pytest.fail("asked the network"))
+    monkeypatch.setattr(hf, "fetch", lambda *args: pytest.fail("asked the network"))
     (tmp_path / "nothing").mkdir()
     for name in (str(tmp_path / "nothing"), str(tmp_path / "no" / "such"), "no such", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such model"):
             open_model(name)
-        with pytest.raises(CheckpointError, match="nothing to import"):
+        with pytest.raises(CheckpointError, match="no such model"):
             import_model(name, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "repository"),
-    [("gpt2", "openai-community/gpt2"), ("gpt2-xl", "openai-community/gpt2-xl"), ("me/my.gpt-2", "me/my.gpt-2")],
+    [
+        ("gpt2", "gpt2"),
+        ("gpt2-xl", "gpt2-xl"),
+        ("me/my.gpt-2", "me/my.gpt-2"),
+        ("gpt2@607a30d", "gpt2@607a30d"),
+    ],
 )
-def test_a_hub_name_asks_for_the_four_files(
+def test_a_hub_name_is_fetched(
     name: str, repository: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, ...]] = []
+    asked: list[str] = []
 
-    def hub_files(*args: str) -> list[Path]:
-        asked.append(args)
-        return [folder / name for name in args[1:]]
+    def fetch(name: str) -> Path:
+        asked.append(name)
+        return folder
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hf, "hub_files", hub_files)
+    monkeypatch.setattr(hf, "fetch", fetch)
     import_model(name, tmp_path / "ours")
-    assert asked == [(repository, "config.json", "model.safetensors", "vocab.json", "merges.txt")]
+    assert asked == [repository]
+
+
+def test_a_folder_s_own_code_is_not_run_and_that_is_said(folder: Path) -> None:
+    config(auto_map={"AutoModelForCausalLM": "evil.Model"})(folder)
+    (folder / "evil.py").write_text(f"open({str(folder / 'canary')!r}, 'w')")
+    assert hf.read(folder).notes == ["auto_map is ignored: no code of the folder is run"]
+    assert not (folder / "canary").exists()
+
+
+def test_pickles_beside_safetensors_are_not_looked_at(folder: Path, original: tuple[Path, GPT2LMHeadModel]) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "random_states_0.pkl", "pytorch_model.bin"):
+        write(name, b"\x80\x04cos\nsystem\n(S'touch canary'\ntR.")(folder)
+    assert_same(logits(hf.read(folder).model), logits(original[1]), within=1e-4)
+
+
+@settings(max_examples=300)
+@given(place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), where=st.sampled_from(["header", "config"]))
+def test_a_byte_changed_anywhere_is_a_model_or_one_line(
+    place: float,
+    byte: int,
+    where: str,
+    original: tuple[Path, GPT2LMHeadModel],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Headers and configs with one byte changed: another model that can be, or a refusal; never anything else."""
+    folder = tmp_path_factory.mktemp("mutated") / "hf"
+    shutil.copytree(original[0], folder)
+    path = folder / (hf.WEIGHTS if where == "header" else hf.CONFIG)
+    content = bytearray(path.read_bytes())
+    length = 8 + int.from_bytes(content[:8], "little") if where == "header" else len(content)
+    content[int(place * length)] = byte
+    path.write_bytes(content)
+    try:
+        assert not hf.read(folder).map.missing
+    except (CheckpointError, UntrustedFileError) as refusal:
+        lines = str(refusal).splitlines()
+        assert len(lines) == 1
+    finally:
+        shutil.rmtree(folder)
