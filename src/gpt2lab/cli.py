@@ -1,23 +1,21 @@
-"""The command table. A command parses, calls one function, and prints; whatever needs torch is imported inside it."""
+"""The command table: what can be typed, how it is read, and how an error ends. `commands` does the work."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NoReturn
 
-from gpt2lab import __version__
-from gpt2lab.config import fields, to_dict
+from gpt2lab import __version__, commands
+from gpt2lab.config import fields
 from gpt2lab.errors import ConfigError, as_lab_error
-from gpt2lab.recipe import load_config
+from gpt2lab.recipe import read_model_flags
 
 BUG, STOPPED_BY_USER = 70, 130
+_MODEL = "a run, a checkpoint, a Hugging Face folder, or a Hub name"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,10 +69,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"gpt2lab {__version__}")
     parser.set_defaults(command=lambda _: parser.print_help())
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def add(
-        name: str, function: Callable[[argparse.Namespace], None], help_: str, into: Any = commands, **extra: Any
+        name: str, function: Callable[[argparse.Namespace], None], help_: str, into: Any = subparsers, **extra: Any
     ) -> _Parser:
         command: _Parser = into.add_parser(
             name,
@@ -89,14 +87,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return command
 
     demo = add(
-        "demo", _demo, "train GPT-2 four ways on text this machine already has, and report what each costs and buys"
+        "demo",
+        commands.demo,
+        "train GPT-2 four ways on text this machine already has, and report what each costs and buys",
     )
     demo.add_argument("--out", default="runs/demo", help="the folder of the study (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the rows as one JSON object")
 
     for name, function, help_ in (
-        ("train", _train, "start a run, or go on where its folder left off"),
-        ("plan", _plan, "what a run will need: parameters, work, memory, time; starts nothing"),
+        ("train", commands.train, "start a run, or go on where its folder left off"),
+        ("plan", commands.plan, "what a run will need: parameters, work, memory, time; starts nothing"),
     ):
         command = add(
             name,
@@ -107,8 +107,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
-    generate = add("generate", _generate, "continue a text")
-    generate.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a Hugging Face folder, or a Hub name")
+    generate = add("generate", commands.generate, "continue a text")
+    generate.add_argument("model", metavar="MODEL", help=_MODEL)
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue")
     generate.add_argument("--num-samples", type=int, default=1, help="continuations (default: %(default)s)")
     generate.add_argument(
@@ -124,23 +124,76 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    evaluate = add("eval", _eval, "measure a model on text")
-    evaluate.add_argument("model", metavar="MODEL", help="a run, a checkpoint, a Hugging Face folder, or a Hub name")
+    evaluate = add("eval", commands.evaluate, "measure a model on text")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL)
     evaluate.add_argument("--tasks", default="perplexity", help="names with commas between (default: %(default)s)")
     evaluate.add_argument("--data", help="a text file, a folder, or a named source (default: the run's held-out text)")
     evaluate.add_argument("--stride", type=int, help="tokens from window to window (default: a whole context)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    importer = add("import", _import, "read other people's weights into a folder of ours")
-    importer.add_argument("source", metavar="SOURCE", help="a Hugging Face GPT-2 folder, or a Hub name such as gpt2")
+    importer = add("import", commands.import_, "read other people's weights into a folder of ours")
+    importer.add_argument(
+        "source", metavar="SOURCE", help="a Hugging Face folder or Hub name, OpenAI's folder, ckpt.pt, llm.c's .bin"
+    )
     importer.add_argument("out", metavar="DIR", help="a new folder")
+    importer.add_argument("--tokenizer", help="as in a recipe (default: the one beside the weights, or GPT-2's)")
+    importer.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read the tensors of a pickle, in a process that can do nothing else",
+    )
     importer.add_argument("--json", action="store_true", help="print the map of the weights as one JSON object")
 
-    data = commands.add_parser("data", help="prepare text, and look at it").add_subparsers(
+    exporter = add("export", commands.export, "write a model as a folder or file that other programs run")
+    exporter.add_argument("model", metavar="MODEL", help=_MODEL)
+    exporter.add_argument("out", metavar="DIR", help="a new folder; with --to gguf, a new .gguf file")
+    exporter.add_argument(
+        "--to", choices=("hf", "gguf"), default="hf", help="transformers' class, or llama.cpp's file (default: hf)"
+    )
+    exporter.add_argument("--no-check", action="store_true", help="do not load it again to compare what it computes")
+    exporter.add_argument("--json", action="store_true", help="print the map of the weights as one JSON object")
+
+    converter = add(
+        "convert",
+        commands.convert,
+        "change a trained model's parts: exactly where that can be, else as a start for training",
+        usage="gpt2lab convert MODEL DIR [--num-kv-heads 4] [--position rope] [--KEY VALUE ...]",
+        epilog=_settings_help("model."),
+    )
+    converter.add_argument("model", metavar="MODEL", help=_MODEL)
+    converter.add_argument("out", metavar="DIR", help="a new folder")
+    converter.add_argument("--json", action="store_true", help="print one JSON object")
+
+    benches = subparsers.add_parser("bench", help="measure speed and memory here, as ratios in one run").add_subparsers(
+        metavar="WHAT", required=True
+    )
+    for what, help_, sizes in (
+        ("attention", "a window against full attention, by length", "window num-heads num-kv-heads head-dim"),
+        (
+            "experts",
+            "experts against the dense MLP of as many active parameters",
+            "tokens embed-dim ff-hidden-dim num-experts experts-per-token",
+        ),
+    ):
+        command = add(what, commands.bench, help_, into=benches)
+        command.set_defaults(what=what)
+        for size in (*sizes.split(), "rounds"):
+            command.add_argument(f"--{size}", type=int)
+        if what == "attention":
+            command.add_argument("--lengths", type=int, nargs="+", help="tokens in a sequence, at least two of them")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"))
+        command.add_argument("--precision", choices=("auto", "fp32", "bf16"))
+        command.add_argument("--out", help=f"a folder for the figures (default: runs/bench-{what})")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    data = subparsers.add_parser("data", help="prepare text, and look at it").add_subparsers(
         metavar="COMMAND", required=True
     )
     prepare = add(
-        "prepare", _data_prepare, "tokenise text once into shards, to train from with data.source=DIR", into=data
+        "prepare",
+        commands.data_prepare,
+        "tokenise text once into shards, to train from with data.source=DIR",
+        into=data,
     )
     prepare.add_argument("source", metavar="SOURCE", help="python-docs, tinyshakespeare, a text file or a folder")
     prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
@@ -148,14 +201,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tokenizer", default="bytes", help="bytes, chars, bpe:N, gpt2 or a folder (default: %(default)s)"
     )
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect = add("inspect", _data_inspect, "what is in a folder of shards", into=data)
+    inspect = add("inspect", commands.data_inspect, "what is in a folder of shards", into=data)
     inspect.add_argument("path", metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
-    tokenizer = commands.add_parser("tokenizer", help="make a tokenizer").add_subparsers(
+    tokenizer = subparsers.add_parser("tokenizer", help="make a tokenizer").add_subparsers(
         metavar="COMMAND", required=True
     )
-    trainer = add("train", _tokenizer_train, "learn byte-pair encoding from text", into=tokenizer)
+    trainer = add("train", commands.tokenizer_train, "learn byte-pair encoding from text", into=tokenizer)
     trainer.add_argument(
         "source", metavar="SOURCE", nargs="+", help="python-docs, tinyshakespeare, text files or folders"
     )
@@ -166,6 +219,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         own, recipes, flags = _settings(argv[1:])
         known = parser.parse_args([argv[0], *own])
         known.recipes, known.flags = recipes, flags
+        return known
+    if argv and argv[0] == "convert":
+        own, places, flags = _settings(argv[1:])
+        known = parser.parse_args([argv[0], *own, *places])
+        known.changes = read_model_flags(flags)
         return known
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -198,170 +256,12 @@ def _settings(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     return own, recipes, flags
 
 
-def _settings_help() -> str:
+def _settings_help(section: str = "") -> str:
     lines = ["settings (in a recipe, or as --key=value):"]
     for key, default, text in fields():
+        if not key.startswith(section):
+            continue
+        key = key.removeprefix(section).replace("_", "-") if section else key
         shown = "" if default is None else f" [{default!r}]" if default == "\n" else f" [{default}]"
         lines.append(f"  {key}{shown}\n      {' '.join(text.split())}")
     return "\n".join(lines)
-
-
-def _console(arguments: argparse.Namespace) -> Any:
-    from gpt2lab.tracking import Console
-
-    return Console(quiet=False)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False))
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from gpt2lab.study.demo import demo
-
-    result = demo(Path(arguments.out), _console(arguments))
-    if arguments.json:
-        _print_json(result)
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.recipes, arguments.flags)
-    from gpt2lab.train import train
-
-    folder = train(config, _console(arguments))
-    if arguments.json:
-        from gpt2lab.tracking import read_rows
-
-        *_, row = read_rows(folder / "metrics.jsonl")
-        _print_json({"run": str(folder), **row})
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.recipes, arguments.flags)
-    from gpt2lab.run import forecast
-
-    plan, settled = forecast(config)
-    if arguments.json:
-        _print_json(asdict(plan) | {"config": to_dict(settled.config)})
-        return
-    for item in settled.derived:
-        print(f"derived      {item.key} = {item.value}: {item.reason}")
-    print("\n".join(plan.lines()))
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    import time
-
-    from gpt2lab.generation import generate
-    from gpt2lab.weights import open_model
-
-    model, tokenizer = open_model(arguments.model)
-    streaming = not arguments.json
-
-    def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def show_first(text: str) -> None:
-        show(text if begun else arguments.prompt + text)
-        begun.append(text)
-
-    begun: list[str] = []  # the prompt is shown with the first of the text: what is refused shows nothing
-    started = time.perf_counter()
-    samples = generate(
-        model,
-        tokenizer,
-        arguments.prompt,
-        num_samples=arguments.num_samples,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        on_text=show_first if streaming else None,
-    )
-    seconds = time.perf_counter() - started
-    if streaming:
-        show("\n" if begun else f"{arguments.prompt}\n")
-        for sample in samples[1:]:
-            show(f"{'-' * 12}\n{arguments.prompt}{sample.text}\n")
-        return
-    tokens = sum(len(sample.token_ids) for sample in samples)
-    rows = [asdict(sample) for sample in samples]
-    _print_json({"prompt": arguments.prompt, "samples": rows, "tokens_per_second": tokens / seconds})
-
-
-def _eval(arguments: argparse.Namespace) -> None:
-    from gpt2lab.evaluate.tasks import evaluate
-    from gpt2lab.weights import open_model
-
-    model, tokenizer = open_model(arguments.model)
-    tasks = [task.strip() for task in arguments.tasks.split(",") if task.strip()]
-    results = evaluate(arguments.model, model, tokenizer, tasks, data=arguments.data, stride=arguments.stride)
-    if arguments.json:
-        _print_json({"model": arguments.model, "tasks": results})
-        return
-    for task, result in results.items():
-        print(
-            f"{task}: "
-            + ", ".join(f"{k} {v:,.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in result.items())
-        )
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    from gpt2lab.weights import import_model
-
-    found = import_model(arguments.source, Path(arguments.out))
-    lists = {name: getattr(found, name) for name in ("loaded", "transposed", "cut", "missing", "left_over")}
-    if arguments.json:
-        _print_json(lists)
-        return
-    for name, members in lists.items():
-        print(f"{name.replace('_', ' '):10} {len(members)}" + "".join(f"\n  {member}" for member in members))
-    print(f"{found.model.num_parameters():,} parameters in {arguments.out}")
-
-
-def _data_prepare(arguments: argparse.Namespace) -> None:
-    from gpt2lab.config import DataConfig
-    from gpt2lab.data.shards import prepare
-
-    _show_data(
-        prepare(DataConfig(source=arguments.source), arguments.tokenizer, folder=Path(arguments.out)), arguments.json
-    )
-
-
-def _data_inspect(arguments: argparse.Namespace) -> None:
-    from gpt2lab.data.shards import open_prepared
-
-    _show_data(open_prepared(Path(arguments.path)), arguments.json)
-
-
-def _show_data(prepared: Any, as_json: bool) -> None:
-    summary = prepared.summary()
-    if as_json:
-        _print_json(summary)
-        return
-    for name in ("train", "validation"):
-        split = summary[name]
-        print(
-            f"{name:10} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes of text"
-        )
-    print(f"example    {summary['example']!r}")
-
-
-def _tokenizer_train(arguments: argparse.Namespace) -> None:
-    from gpt2lab.data.sources import read_documents
-    from gpt2lab.folder import check_folder
-    from gpt2lab.tokenizer import Tokenizer
-
-    out = Path(arguments.out)
-    check_folder(out)
-    documents = [document for source in arguments.source for document in read_documents(source)]
-    tokenizer = Tokenizer.train_bpe((document.text for document in documents), arguments.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(arguments.out)
-    size, tokens = (
-        sum(len(d.text.encode()) for d in documents),
-        sum(map(len, tokenizer.encode_documents([d.text for d in documents]))),
-    )
-    print(f"{tokenizer.vocab_size:,} tokens in {arguments.out}; {size / tokens:.2f} bytes a token on this text")

@@ -1,0 +1,1 @@
+"""Benchmarks: what is faster than what, each a ratio measured in one run."""
