@@ -288,6 +288,7 @@ UNSOUND: dict[str, Callable[[], bytes]] = {
     "many members": lambda: zipped({f"a/{i}.pkl": finished(b"N") for i in range(20_000)}),
     "twice the same name": lambda: saved({"a": {"b/c": WEIGHT}, "a/b": {"c": WEIGHT}}),
     "0 and '0'": lambda: saved({0: WEIGHT, "0": WEIGHT}),
+    "1 and '1'": lambda: saved({1: "one", "1": "two"}),
     "a key that moves the cursor": lambda: saved({"\x1b[2J\x1b]0;x\x07": WEIGHT}),
     "a class that moves the cursor": lambda: torch_zip(one(glob("os\x1b[2J", "x\x07\r"))),
     "a key that is a tensor": lambda: torch_zip(finished(b"}" + tensor(4, 4) + b"Ns"), _0=bytes(16)),
@@ -504,6 +505,17 @@ def test_code_in_the_second_pickle_of_a_zip_is_found(tmp_path: Path) -> None:
     assert describe(tmp_path / "x.pt") == "it contains pickled code: os.system"
 
 
+def test_how_far_a_description_looks_is_bounded(tmp_path: Path) -> None:
+    evil, path = PAYLOADS["os.system"](tmp_path / "canary"), tmp_path / "x.pt"
+    for many in (10, 200):  # members whose names are so long that 200 fill 6 MB of the directory
+        names = {f"{number}{'x' * 30_000}": b"" for number in range(many)}
+        path.write_bytes(zipped({"x/data.pkl": evil} | names))
+        assert describe(path) == ("it contains pickled code: os.system" if many == 10 else GENERIC)
+    for many in (10, 100_000):
+        path.write_bytes(b"\x80\x02" + b"N0" * many + evil[2:])
+        assert describe(path) == ("it contains pickled code: os.system" if many == 10 else GENERIC)
+
+
 # --- Damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -561,6 +573,12 @@ def test_why_a_file_is_refused(name: str, says: str, tmp_path: Path) -> None:
     """In this process, on purpose: these are only tensors."""
     (tmp_path / "x.pt").write_bytes(UNSOUND[name]())
     with pytest.raises(LabError, match=says):
+        pickles.extract(tmp_path / "x.pt", tmp_path)
+
+
+def test_what_another_library_declared_safe_is_not(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(UNSOUND["a dict with a class"]())
+    with torch.serialization.safe_globals([Namespace]), pytest.raises(UntrustedFileError, match=r"argparse\.Namespace"):
         pickles.extract(tmp_path / "x.pt", tmp_path)
 
 

@@ -64,26 +64,26 @@ def attend(
 def _attend_in_blocks(q: Queries, k: Keys, v: Keys, earlier: int, window: int, dropout: float) -> Queries:
     """Windowed attention in time and memory linear in the queries (after Beltagy et al. 2020, arXiv:2004.05150).
 
-    Queries are cut into blocks of at least `window` tokens; no token of a block sees past the block before its own. All
-    blocks but the first then share one small mask, and become one batch. The first has the `earlier` keys from before.
+    The first `window` queries, which also see the `earlier` keys, go by themselves. The others are cut into blocks of half
+    a window: each reads its own keys and the `window - 1` before them, so 1.5 keys are computed for each that is seen.
+    All blocks share one small mask, and become one batch of views: nothing is copied to overlap.
     """
-    batch, _, time, dim = q.shape
-    kv_heads = k.shape[1]
-    size = max(window, SMALLEST_BLOCK)
-    head = earlier + size
-    first = attend(q[:, :, :size], k[:, :, :head], v[:, :, :head], q_start=earlier, window=window, dropout=dropout)
-    k, v = k[:, :, earlier:], v[:, :, earlier:]
-    # Padding at the end is never seen: it comes after every real token.
-    q, k, v = (F.pad(x, (0, 0, 0, -time % size)) for x in (q, k, v))
-    blocks = q.shape[2] // size - 1
-    q = q[:, :, size:].unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
-    k, v = (  # (batch, kv_head, blocks, dim, 2 * size): each block's own keys and those of the block before
-        x.unfold(2, 2 * size, size).permute(0, 2, 1, 4, 3).reshape(batch * blocks, kv_heads, 2 * size, dim)
-        for x in (k, v)
-    )
-    later = attend(q, k, v, q_start=size, window=window, dropout=dropout)
-    later = later.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, later], dim=2)[:, :, :time]
+    batch, heads, time, _ = q.shape
+    size = max(window // 2, SMALLEST_BLOCK)
+    reach = window - 1
+    first_q, q = q.split([window, time - window], dim=2)
+    head = earlier + window
+    first = attend(first_q, k[:, :, :head], v[:, :, :head], q_start=earlier, window=window, dropout=dropout)
+    k, v = k[:, :, head - reach :], v[:, :, head - reach :]
+    padding = -q.shape[2] % size
+    if padding:  # at the end it is never seen: it comes after every real token
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    # (block, sequence * head, time, dim): an axis for both keeps overlapping blocks views, and query heads in their groups.
+    q = q.flatten(0, 1).unflatten(1, (-1, size)).transpose(0, 1)
+    k, v = (x.flatten(0, 1).unfold(1, reach + size, size).permute(1, 0, 3, 2) for x in (k, v))
+    later = attend(q, k, v, q_start=reach, window=window, dropout=dropout)
+    later = later.transpose(0, 1).flatten(1, 2).unflatten(0, (batch, heads))[:, :, : time - window]
+    return torch.cat([first, later], dim=2)
 
 
 class GroupQueryAttention(nn.Module):
