@@ -22,10 +22,10 @@ TIERS = [
 
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 """Modules whose files can run code when they are opened."""
-CALLS = {"eval", "exec", "__import__", "yaml.load", "yaml.unsafe_load", "torch.load", "os.system", "os.popen"}
+CALLS = {"eval", "exec", "__import__", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen"}
 KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 ALLOWED = {
-    "gpt2lab.weights.pickles calls torch.load",
+    "gpt2lab.weights.unpickle calls torch.load(weights_only=True)",
     "gpt2lab.weights.__init__ calls allow_pickle=allow_pickle",
     "gpt2lab.commands calls allow_pickle=arguments.allow_pickle",
 }
@@ -69,6 +69,9 @@ def dangerous_calls(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             yield from {ast.unparse(node.func)} & CALLS
+            if ast.unparse(node.func) == "torch.load":
+                only = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+                yield "torch.load(weights_only=True)" if only else "torch.load"
             for word in node.keywords:
                 if word.arg in KEYWORDS and ast.unparse(word.value) != "False":
                     yield f"{word.arg}={ast.unparse(word.value)}"

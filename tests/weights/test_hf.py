@@ -525,6 +525,21 @@ def test_a_folder_s_own_code_is_not_run_and_that_is_said(folder: Path) -> None:
     assert not (folder / "canary").exists()
 
 
+def test_a_pickled_state_dict_is_read_where_the_user_allows_it(
+    folder: Path, original: tuple[Path, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    """By a child process; and what wants more than tensors is refused all the same."""
+    torch.save(original[1].state_dict(), folder / "pytorch_model.bin")
+    (folder / hf.WEIGHTS).unlink()
+    with pytest.raises(UntrustedFileError, match=r"pytorch_model.bin.*--allow-pickle"):
+        import_model(str(folder), tmp_path / "ours")
+    found = import_model(str(folder), tmp_path / "ours", allow_pickle=True)
+    assert_same(logits(found.model), logits(original[1]), within=1e-4)
+    write("pytorch_model.bin", b"\x80\x04cos\nsystem\n(S'touch canary'\ntR.")(folder)
+    with pytest.raises(UntrustedFileError, match=r"(os|posix).system"):
+        import_model(str(folder), tmp_path / "other", allow_pickle=True)
+
+
 def test_pickles_beside_safetensors_are_not_looked_at(folder: Path, original: tuple[Path, GPT2LMHeadModel]) -> None:
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "random_states_0.pkl", "pytorch_model.bin"):
         write(name, b"\x80\x04cos\nsystem\n(S'touch canary'\ntR.")(folder)

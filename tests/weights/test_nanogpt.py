@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2lab.errors import CheckpointError, UntrustedFileError
-from gpt2lab.weights import pickles
+from gpt2lab.weights import unpickle
 from gpt2lab.weights.layout import Imported
 from gpt2lab.weights.nanogpt import read, recognises
 from tests.reference import assert_differ, assert_same
@@ -119,9 +119,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """For files that are ours: what the child process does, without the second that starting one takes."""
 
     def extract(path: Path, real: Path, folder: Path, only: tuple[str, ...]) -> None:
-        pickles.extract(real, folder, list(only))
+        unpickle.extract(real, folder, list(only))
 
-    monkeypatch.setattr(pickles, "_run_child", extract)
+    monkeypatch.setattr(unpickle, "_run_child", extract)
 
 
 def change(path: Path, **parts: Any) -> None:

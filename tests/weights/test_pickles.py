@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gpt2lab.errors import CheckpointError, LabError, UntrustedFileError
-from gpt2lab.weights import pickles
-from gpt2lab.weights.pickles import describe, is_pickle, pickles_in, refuse, unpack
+from gpt2lab.weights import unpickle
+from gpt2lab.weights.pickles import describe, is_pickle, pickles_in, refuse
+from gpt2lab.weights.unpickle import unpack
 
 WEIGHT = torch.arange(40.0).view(8, 5).sin()
 GENERIC = "it is a pickle, which can run code when it is opened"
@@ -310,7 +311,7 @@ UNSOUND: dict[str, Callable[[], bytes]] = {
 def sound() -> dict[str, tuple[bytes, dict[str, torch.Tensor], dict[str, Any]]]:
     """Files that are as they should be, their tensors and their values."""
     deep = {"model": {"w": WEIGHT, "head": WEIGHT}, "n": [1, -2.5, "x", None, True, {"y": []}], "i": {0: WEIGHT.long()}}
-    others = {str(dtype): WEIGHT.mul(99).to(dtype) for dtype in pickles.DTYPES.values()}
+    others = {str(dtype): WEIGHT.mul(99).to(dtype) for dtype in unpickle.DTYPES.values()}
     views = {
         "turned": WEIGHT.t(),
         "rows": WEIGHT[2:5],
@@ -351,13 +352,13 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from gpt2lab.errors import LabError
-from gpt2lab.weights import pickles
-pickles.leave_network()
-pickles.limit_resources(2**21, 300)
+from gpt2lab.weights import unpickle
+unpickle.leave_network()
+unpickle.limit_resources(2**21, 300)
 for line in sys.stdin:
     path, folder = map(Path, json.loads(line))
     try:
-        pickles.extract(path, folder)
+        unpickle.extract(path, folder)
         answer = [0, ""]
     except LabError as error:
         answer = [error.exit_code, str(error)]
@@ -573,13 +574,13 @@ def test_why_a_file_is_refused(name: str, says: str, tmp_path: Path) -> None:
     """In this process, on purpose: these are only tensors."""
     (tmp_path / "x.pt").write_bytes(UNSOUND[name]())
     with pytest.raises(LabError, match=says):
-        pickles.extract(tmp_path / "x.pt", tmp_path)
+        unpickle.extract(tmp_path / "x.pt", tmp_path)
 
 
 def test_what_another_library_declared_safe_is_not(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(UNSOUND["a dict with a class"]())
     with torch.serialization.safe_globals([Namespace]), pytest.raises(UntrustedFileError, match=r"argparse\.Namespace"):
-        pickles.extract(tmp_path / "x.pt", tmp_path)
+        unpickle.extract(tmp_path / "x.pt", tmp_path)
 
 
 @pytest.mark.parametrize("name", sound())
@@ -588,8 +589,8 @@ def test_a_sound_file_gives_its_tensors(name: str, worker: Worker, tmp_path: Pat
     (tmp_path / "x.pt").write_bytes(content)
     assert describe(tmp_path / "x.pt") == GENERIC
     assert worker.extract(tmp_path / "x.pt") == (0, "")
-    assert json.loads((worker.folder / pickles.VALUES).read_text()) == values
-    found = load_file(worker.folder / pickles.TENSORS)
+    assert json.loads((worker.folder / unpickle.VALUES).read_text()) == values
+    found = load_file(worker.folder / unpickle.TENSORS)
     assert found.keys() == tensors.keys()
     for key, value in tensors.items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
@@ -644,7 +645,7 @@ def test_mutations_never_reach_the_parent(
     if number:
         assert_one_sentence(sentence)
     else:
-        load_file(worker.folder / pickles.TENSORS)
+        load_file(worker.folder / unpickle.TENSORS)
 
 
 # --- The whole way ----------------------------------------------------------------------------------------------------
@@ -693,7 +694,7 @@ def test_a_child_that_does_not_end_is_ended(
 ) -> None:
     doubled = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(60))
     (tmp_path / "x.pt").write_bytes(torch_zip(finished(b"}" + doubled + b"Ns")))  # 2**60 steps to hash the key
-    monkeypatch.setattr(pickles, "SECONDS", 3)
+    monkeypatch.setattr(unpickle, "SECONDS", 3)
     with pytest.raises(CheckpointError, match=r"took more than 3 seconds|SIGXCPU|SIGKILL"):
         unpack(tmp_path / "x.pt")
 
@@ -734,16 +735,16 @@ def test_a_child_that_lies_is_not_believed(tmp_path: Path, no_leftovers: None, m
 LIMITED = """
 import os, resource, socket, sys
 from pathlib import Path
-from gpt2lab.weights import pickles
+from gpt2lab.weights import unpickle
 port = int(sys.argv[1])
 socket.create_connection(("127.0.0.1", port)).close()
-left = pickles.leave_network()
+left = unpickle.leave_network()
 try:
     socket.create_connection(("127.0.0.1", port)).close()
     connected = True
 except OSError:
     connected = False
-pickles.limit_resources(2**20, 100)
+unpickle.limit_resources(2**20, 100)
 bytearray(2**28)
 Path("small").write_bytes(bytes(2**21))
 caught = []

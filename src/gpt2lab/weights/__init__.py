@@ -55,7 +55,7 @@ def read_foreign(name: str, tokenizer: str | None = None, *, allow_pickle: bool 
     if hf.is_hub_name(name):
         return hf.read(hf.download(name), tokenizer)
     if hf.recognises(path):
-        return hf.read(path, tokenizer)
+        return hf.read(path, tokenizer, allow_pickle=allow_pickle)
     if openai.recognises(path):
         return openai.read(path, tokenizer)
     if llmc.recognises(path):

@@ -16,11 +16,12 @@ from gpt2lab.errors import CheckpointError
 from gpt2lab.hub import CONFIG, INDEX, LARGEST_INDEX, WEIGHTS, fetch
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tensors import read_header
-from gpt2lab.weights import pickles
+from gpt2lab.weights import pickles, unpickle
 from gpt2lab.weights.files import read_json, reader, regular_file, tokenizer_for
 from gpt2lab.weights.layout import Imported, Stored, fill
 from gpt2lab.weights.natives import NATIVES, Native
 
+PICKLE = "pytorch_model.bin"
 MOST_SHARDS = 256
 
 _WRAPPERS = re.compile(r"^((module|_orig_mod|transformer|model)\.)+")
@@ -43,11 +44,12 @@ def download(name: str) -> Path:
     return fetch(name)
 
 
-def read(folder: Path, tokenizer: str | None = None) -> Imported:
+def read(folder: Path, tokenizer: str | None = None, *, allow_pickle: bool = False) -> Imported:
     """A model of one of the classes in `natives`.
 
     Args:
         tokenizer: named by the user in place of the one in the folder.
+        allow_pickle: where there is only pytorch_model.bin, have a child process read its tensors.
 
     Raises:
         CheckpointError: damaged, incomplete, or of another class. UntrustedFileError: its weights are a pickle.
@@ -57,7 +59,7 @@ def read(folder: Path, tokenizer: str | None = None) -> Imported:
     with torch.device("meta"):
         model = GPT2.from_config(config)
     words = tokenizer_for(native.vocab_size, folder, tokenizer)
-    with stored_tensors(folder) as stored:
+    with stored_tensors(folder, allow_pickle) as stored:
         found = fill(
             model,
             native.layout(config),
@@ -108,7 +110,7 @@ def to_ours(native: Native, folder: Path) -> GPT2Config:
 
 
 @contextmanager
-def stored_tensors(folder: Path) -> Iterator[list[Stored]]:
+def stored_tensors(folder: Path, allow_pickle: bool = False) -> Iterator[list[Stored]]:
     """The tensors of a folder, from all its files; each is read when it is asked for.
 
     Raises:
@@ -116,6 +118,13 @@ def stored_tensors(folder: Path) -> Iterator[list[Stored]]:
     """
     found: list[Stored] = []
     with ExitStack() as files:
+        if (
+            allow_pickle
+            and not any((folder / name).exists() for name in (WEIGHTS, INDEX))
+            and (folder / PICKLE).exists()
+        ):
+            yield files.enter_context(unpickle.unpack(folder / PICKLE)).tensors
+            return
         for path in weight_files(folder):
             file = files.enter_context(regular_file(path).open("rb"))
             try:
@@ -157,7 +166,8 @@ def weight_files(folder: Path) -> list[Path]:
                 )
         return [folder / name for name in names]
     if found := pickles.pickles_in(folder):
-        pickles.refuse(found[0])
+        named = folder / PICKLE
+        pickles.refuse(named if named in found else found[0], final=named not in found)
     raise CheckpointError(
         "no weights", where=str(folder), cause=f"neither {WEIGHTS} nor {INDEX} is there", fix="complete the folder"
     )
