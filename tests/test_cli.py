@@ -335,7 +335,10 @@ def test_a_reader_that_has_enough_is_no_error(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "gpt2lab", *words]
-    done = subprocess.run(command, env=os.environ | PYTHON, stdout=writing, stderr=subprocess.PIPE, timeout=300)
+    environment = (
+        os.environ | PYTHON | {"PYTHONUNBUFFERED": ""}
+    )  # as usual: what is written lies in a buffer until the end
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=300)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
 

@@ -7,7 +7,8 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
 from gpt2lab import __version__, commands
 from gpt2lab.config import fields
@@ -27,7 +28,22 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    try:
+        sys.exit(run(sys.argv[1:] if argv is None else argv))
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
+
+
+def _settle(stream: TextIO | None) -> None:
+    """Write what is left, or let it go where nobody reads any more: the interpreter would fail over it at its end."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(argv: list[str]) -> int:
@@ -41,7 +57,6 @@ def run(argv: list[str]) -> int:
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may the flush at the end fail
         return 0
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -168,7 +183,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="WHAT", required=True
     )
     for what, help_, sizes in (
-        ("attention", "a window against full attention, by length", "window num-heads num-kv-heads head-dim"),
+        (
+            "attention",
+            "a window against full attention, by length",
+            "window num-heads num-kv-heads head-dim batch-size",
+        ),
         (
             "experts",
             "experts against the dense MLP of as many active parameters",

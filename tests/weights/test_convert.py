@@ -530,11 +530,11 @@ def test_one_bias_that_is_not_0_is_enough_to_refuse() -> None:
 
 
 def test_the_largest_difference_is_that_of_the_logits() -> None:
-    model = build(SHAPE | {"max_seq_len": 300}).eval()
-    # The window differs from the 201st token on.
-    shorter, narrower = changed(model, max_seq_len=20).model, changed(model, windows=[200]).model
+    model = build(SHAPE | {"max_seq_len": 1100}).eval()
+    # The window differs from the 901st token on.
+    shorter, narrower = changed(model, max_seq_len=20).model, changed(model, windows=[900]).model
     assert max_logit_difference(model, shorter, generator()) == 0
-    text = torch.randint(61, (1, 256), generator=generator(5))
+    text = torch.randint(61, (1, 1024), generator=generator(5))
     with torch.no_grad():
         expected = max(
             abs(a - b) for a, b in zip(*(m(text).flatten().tolist() for m in (model, narrower)), strict=True)

@@ -113,8 +113,8 @@ def convert(model: GPT2, changes: Mapping[str, Any], generator: torch.Generator)
 
 @torch.no_grad()
 def max_logit_difference(before: GPT2, after: GPT2, generator: torch.Generator) -> float:
-    """The largest difference of the logits of two models of one vocabulary in eval mode, over up to 256 random tokens."""
-    time = min(before.max_seq_len, after.max_seq_len, 256)
+    """The largest difference of the logits of two models of one vocabulary in eval mode, over up to 1,024 random tokens."""
+    time = min(before.max_seq_len, after.max_seq_len, 1024)  # longer than most windows, or a new one would not show
     token_ids = torch.randint(before.vocab_size, (1, time), generator=generator)
     one, other = (model(token_ids.to(model.device)).double().cpu() for model in (before, after))
     return float((one - other).abs().max())
