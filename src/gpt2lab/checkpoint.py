@@ -2,44 +2,43 @@
 
     step-00000500/  model.safetensors  optimizer.safetensors  config.yaml  tokenizer.json  state.json  manifest.json
 
-It is enough by itself: ``load_model(folder)`` needs nothing outside it. The manifest lists the size and SHA-256 of every
-other file, and its own. There is no pickle anywhere.
+It is enough by itself: ``load_model(folder)`` needs nothing outside it. Where the tensors are many, there are
+``model-00001-of-00003.safetensors`` and so on. The files are the same from every strategy. There is no pickle anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
+import re
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpt2lab.errors import CheckpointError
+from gpt2lab import manifest
+from gpt2lab.errors import CheckpointError, ResourceError, as_lab_error
+from gpt2lab.manifest import FORMAT, PIECE_BYTES, FileRecord, Manifest, Seen, damaged, verify
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.paths import whole_folder
 from gpt2lab.recipe import Setting, build_model_config, parse_recipe
-from gpt2lab.tensors import tensors_in
+from gpt2lab.tensors import DTYPES, tensors_in
 from gpt2lab.tokenizer import Tokenizer
 
-FORMAT = 1
-MODEL, OPTIMIZER, CONFIG, STATE, MANIFEST = (
-    "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json", "manifest.json",
-)  # fmt: skip
-
-
-Manifest = dict[str, dict[str, Any]]
-"""Size and SHA-256 of each file, by name."""
+MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json"
+FILE_BYTES = 5_000_000_000
+"""Tensors beyond so many bytes go into a second file."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified step folder, in memory.
+    """A verified step folder.
 
     Attributes:
         recipe: the settings of the run that wrote it; of an imported model, its shape alone.
@@ -50,7 +49,7 @@ class Checkpoint:
     folder: Path
     recipe: dict[str, Setting]
     state: dict[str, Any]
-    files: Manifest
+    files: dict[str, FileRecord]
 
     def read(self, name: str) -> bytearray:
         """The content of a file, which is what the manifest says.
@@ -59,13 +58,32 @@ class Checkpoint:
             CheckpointError: it is not there, or has changed.
         """
         try:
-            content = bytearray(self.files[name]["size"])
+            listed = self.files[name]
+            content = bytearray(listed.size)
             with (self.folder / name).open("rb") as file:
                 file.readinto(content)
-            _compare(name, self.files[name], {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+            manifest.compare(name, listed, FileRecord(len(content), hashlib.sha256(content).hexdigest()))
         except (OSError, ValueError, KeyError) as error:
-            raise _damaged(self.folder, error) from None
+            raise damaged(self.folder, error) from None
         return content
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by their names in the code, from however many files.
+
+        Raises:
+            CheckpointError: a file has changed, or a number is not finite.
+        """
+        tensors = self._tensors(MODEL)
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            cause = f"{', '.join(bad[:5])} have numbers that are not finite"
+            fix = "go back to an older step folder"
+            raise CheckpointError("spoilt weights", where=str(self.folder), cause=cause, fix=fix)
+        return tensors
+
+    def optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's state, named as by `optimizer_tensors`; empty where none was saved."""
+        return self._tensors(OPTIMIZER)
 
     def load_weights(self, model: nn.Module) -> None:
         """Put the weights into `model`, strictly.
@@ -73,12 +91,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing, left over, of another shape, or not finite.
         """
-        where, tensors = str(self.folder / MODEL), self._tensors(MODEL)
-        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if bad:
-            cause = f"{', '.join(bad[:5])} have numbers that are not finite"
-            raise CheckpointError("spoilt weights", where=where, cause=cause, fix="go back to an older step folder")
-        assign_weights(model, tensors, where)
+        assign_weights(model, self.weights(), str(self.folder))
 
     def open_model(self) -> tuple[GPT2, Tokenizer]:
         """The model, in eval mode, and its tokenizer."""
@@ -89,19 +102,24 @@ class Checkpoint:
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer's state back, by the names of the parameters."""
-        for name, tensor in self._tensors(OPTIMIZER).items():
+        for name, tensor in self.optimizer().items():
             parameter, _, key = name.rpartition("/")
             target = model.get_parameter(parameter)
             optimizer.state[target][key] = tensor.to(target.device)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    def _tensors(self, file: str) -> dict[str, Tensor]:
+        """The tensors of a file, or of the files it was cut into."""
+        stem = file.removesuffix(".safetensors")
+        names = sorted(name for name in self.files if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors", name))
+        if names and names != part_names(file, len(names)):
+            raise damaged(self.folder, ValueError(f"{', '.join(names)} are not all the files of the {stem}"))
         try:
-            return dict(tensors_in(self.read(name)))
+            return {key: tensor for name in names for key, tensor in tensors_in(self.read(name)).items()}
+        except CheckpointError:
+            raise
         except ValueError as error:
-            cause = str(error)
-            raise CheckpointError(
-                "unusable weights", where=str(self.folder / name), cause=cause, fix="use another one"
-            ) from None
+            where = str(self.folder / file)
+            raise CheckpointError("unusable weights", where=where, cause=str(error), fix="use another one") from None
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -111,86 +129,121 @@ def step_folder(run: Path, step: int) -> Path:
 
 def save(
     folder: Path,
-    model: nn.Module,
+    weights: Mapping[str, Tensor],
     *,
     recipe: str,
     tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer | None = None,
-    state: dict[str, Any] | None = None,
-) -> None:
-    """Write a step folder; after a crash at any point, `folder` is whole or not there.
+    optimizer: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
+    file_bytes: int = FILE_BYTES,
+    seen: Seen | None = None,
+) -> Manifest:
+    """Write a step folder and verify it; after a crash at any point, `folder` is whole or not there.
 
     Args:
-        model: not wrapped by compile or a strategy, so that the names in the file are the names in the code.
+        weights: whole tensors by their names in the code, as ``model.state_dict()`` gives them.
         recipe: YAML text that describes at least the model.
-    """
-    with whole_folder(folder) as aside:
-        save_tensors(aside / MODEL, model.state_dict())
-        if optimizer is not None:
-            named = [
-                (f"{name}/{key}", value)
-                for name, p in model.named_parameters()
-                for key, value in optimizer.state[p].items()
-            ]
-            # Adam's step count is a CPU scalar or a tensor, SGD may hold None before its first step.
-            save_tensors(aside / OPTIMIZER, {name: value for name, value in named if isinstance(value, Tensor)})
-        tokenizer.save(aside)
-        (aside / CONFIG).write_text(recipe, encoding="utf-8")
-        (aside / STATE).write_text(json.dumps(state or {}, indent=1))
-        write_manifest(aside, step=(state or {}).get("step"), run_id=(state or {}).get("run_id"))
-    verify(folder)
-
-
-def write_manifest(folder: Path, **about: Any) -> None:
-    """List the folder's files with their sizes and hashes, and sign the list with its own hash."""
-    files = {path.name: _measure(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    manifest = {"format": FORMAT, **about, "files": files}
-    (folder / MANIFEST).write_bytes(_signed(manifest))
-
-
-def verify(folder: Path) -> Manifest:
-    """Check every file of a step folder against its manifest, and return what that lists.
+        optimizer: see `optimizer_tensors`.
+        file_bytes: tensors beyond so many bytes go into a second file, and so on.
+        seen: see `manifest.verify`.
 
     Raises:
-        CheckpointError: a file is missing, changed, or not listed, or a newer gpt2lab wrote the folder.
+        ResourceError: the disk is full; nothing of it is left. CheckpointError: the disk gives back something else.
     """
+    state = dict(state or {})
+    tensors = cut(MODEL, weights, file_bytes) | (cut(OPTIMIZER, optimizer, file_bytes) if optimizer is not None else {})
     try:
-        written = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(written)
-        del manifest["sha256"]
-        if written != _signed(manifest):
-            raise ValueError("the manifest does not match its own hash")
-        if manifest["format"] > FORMAT:
-            fix = "update gpt2lab"
-            raise CheckpointError(
-                "newer format", where=str(folder), cause=f"format {manifest['format']} > {FORMAT}", fix=fix
-            )
-        present = {path.name for path in folder.iterdir()} - {MANIFEST}
-        if present != set(manifest["files"]):
-            raise ValueError(f"it lists {sorted(manifest['files'])}, but there are {sorted(present)}")
-        for name, listed in manifest["files"].items():
-            _compare(name, listed, _measure(folder / name))
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from None
-    return dict(manifest["files"])
+        with whole_folder(folder) as aside:
+            known = {name: save_tensors(aside / name, part) for name, part in tensors.items()}
+            tokenizer.save(aside)
+            (aside / CONFIG).write_text(recipe, encoding="utf-8")
+            (aside / STATE).write_text(json.dumps(state, indent=1))
+            manifest.write(aside, known, step=state.get("step"), run_id=state.get("run_id"))
+            if folder.exists():
+                discard(folder)
+    except OSError as error:
+        full = as_lab_error(error)
+        if not isinstance(full, ResourceError):
+            raise
+        needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+        cause = f"{full.cause}: {needed:,} bytes are needed, {shutil.disk_usage(folder.parent).free:,} are free"
+        raise ResourceError(full.what, where=str(folder), cause=cause, fix=full.fix) from None
+    return verify(folder, {} if seen is None else seen)
 
 
-def load(folder: Path) -> Checkpoint:
-    """A verified step folder.
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``parameter/key``: ``layers.0.mlp.up_proj.weight/exp_avg``."""
+    states = [(name, optimizer.state[parameter]) for name, parameter in model.named_parameters()]
+    # Adam's step count is a tensor too; SGD may hold None before its first step.
+    return {f"{name}/{key}": value for name, kept in states for key, value in kept.items() if isinstance(value, Tensor)}
+
+
+def cut(file: str, tensors: Mapping[str, Tensor], file_bytes: int) -> dict[str, dict[str, Tensor]]:
+    """What goes into each file: whole tensors in the order of their names, up to `file_bytes` or a single larger one."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(tensors):
+        if parts[-1] and size + tensors[name].nbytes > file_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    return dict(zip(part_names(file, len(parts)), parts, strict=True))
+
+
+def part_names(file: str, count: int) -> list[str]:
+    """``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
+    stem = file.removesuffix(".safetensors")
+    return [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] if count > 1 else [file]
+
+
+def load(folder: Path, seen: Seen | None = None) -> Checkpoint:
+    """A verified step folder; one in an older format is read as if it were in the newest.
+
+    Args:
+        seen: see `manifest.verify`.
 
     Raises:
         CheckpointError: it is damaged, or missing.
     """
-    found = Checkpoint(folder, {}, {}, verify(folder))
-    recipe = parse_recipe(found.read(CONFIG).decode(), str(folder / CONFIG))
-    return replace(found, recipe=recipe, state=json.loads(found.read(STATE)))
+    found = verify(folder, seen)
+    checkpoint = Checkpoint(folder, {}, {}, found.files)
+    recipe = parse_recipe(checkpoint.read(CONFIG).decode(), str(folder / CONFIG))
+    state = json.loads(checkpoint.read(STATE))
+    for version in range(found.format, FORMAT):
+        state = MIGRATIONS[version](state)
+    return Checkpoint(folder, recipe, state, found.files)
+
+
+def _from_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 says how well the model did on held-out text, what ran it, and which text was left out."""
+    added: dict[str, Any] = {"val_loss": None, "processes": 1, "strategy": "single", "skipped": [], "shift": 0}
+    return added | state if state else {}
+
+
+MIGRATIONS = {1: _from_1}
+"""From each format, what brings the state to the next."""
 
 
 def step_folders(run: Path) -> list[Path]:
     """The step folders of a run, newest first; whether they are whole is another question."""
-    return sorted((run / "checkpoints").glob("step-[0-9]*"), reverse=True)
+    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in (run / "checkpoints").glob("step-*")]
+    return [path for _, path in sorted(((int(name[1]), path) for name, path in named if name), reverse=True)]
+
+
+def load_step(folder: Path, seen: Seen | None = None) -> Checkpoint:
+    """The checkpoint in a step folder of a run.
+
+    Raises:
+        CheckpointError: it is damaged, or of another step than its name says.
+    """
+    found = load(folder, seen)
+    step = found.state.get("step", -1)
+    if folder.name != step_folder(folder, step).name:
+        raise CheckpointError(
+            "misplaced checkpoint", where=str(folder), cause=f"it is of step {step}", fix="give it back its name"
+        )
+    return found
 
 
 def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -198,35 +251,51 @@ def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
     troubles: list[str] = []
     for folder in step_folders(run):
         try:
-            found = load(folder)
-            if folder != step_folder(run, found.state.get("step", -1)):
-                raise CheckpointError(
-                    "misplaced checkpoint",
-                    where=str(folder),
-                    cause=f"it is of step {found.state.get('step')}",
-                    fix="give it back its name",
-                )
-            return found, troubles
+            return load_step(folder), troubles
         except CheckpointError as error:
             troubles.append(str(error))
     return None, troubles
 
 
-def rotate(run: Path, keep: int) -> None:
-    """Remove the step folders that are older than the newest `keep` whole ones."""
+def rotate(run: Path, keep: int, seen: Seen | None = None) -> None:
+    """Remove whole step folders, but not the newest `keep`, the best, and those that are pinned.
+
+    The best has the lowest validation loss. ``step-00000500.keep`` beside ``step-00000500`` pins that. Damaged folders are
+    left for whoever wants to look into them.
+
+    Args:
+        seen: see `manifest.verify`.
+    """
+    whole: list[Checkpoint] = []
     for folder in step_folders(run):
-        if keep == 0:
-            shutil.rmtree(folder)
-            continue
         try:
-            verify(folder)
-            keep -= 1
-        except CheckpointError:  # left for whoever wants to look into it
+            whole.append(load_step(folder, seen))
+        except CheckpointError:
             continue
+    kept = {found.folder for found in [*whole[:keep], *best(whole)]}
+    for folder in (found.folder for found in whole):
+        if folder not in kept and not folder.with_name(f"{folder.name}.keep").exists():
+            discard(folder)
+    sweep(run)
+
+
+def best(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The one with the lowest validation loss; none where none was validated."""
+    losses = [(found.state.get("val_loss"), found) for found in checkpoints]
+    known = [(loss, found) for loss, found in losses if loss is not None and math.isfinite(loss)]
+    return [min(known, key=lambda pair: pair[0])[1]] if known else []
+
+
+def discard(folder: Path) -> None:
+    """Remove a step folder; after a crash at any point it is there whole, or no longer there under its name."""
+    aside = folder.with_name(f".{folder.name}.old.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(run: Path) -> None:
-    """Remove what a writer that died left half written."""
+    """Remove what a writer that died left half written, or half removed."""
     for aside in (run / "checkpoints").glob(".step-*.part"):
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -254,31 +323,24 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     model.load_state_dict(tensors, assign=meta)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors writes 0600, which locks colleagues out
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a safetensors file, to the byte as the library does, but hashed on the way."""
+    order = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
+    return manifest.write_measured(path, chain([start_of_file], *(_pieces(tensor) for _, tensor in order)))
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file; a piece at a time, since weights are large."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def _compare(name: str, listed: Any, found: dict[str, Any]) -> None:
-    if found != listed:
-        raise ValueError(f"{name} should be {listed['size']} bytes, {listed['sha256'][:12]}..., but is {found}")
-
-
-def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    fix = "copy it again, or go back to an older step folder"
-    return CheckpointError("damaged checkpoint", where=str(folder), cause=str(error), fix=fix)
-
-
-def _signed(manifest: dict[str, Any]) -> bytes:
-    """The bytes of a manifest, its own hash at the end."""
-    digest = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
-    return json.dumps(manifest | {"sha256": digest}, indent=1).encode()
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The numbers of a tensor as they lie in memory, a piece at a time."""
+    numbers = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    yield from (numbers[at : at + PIECE_BYTES] for at in range(0, len(numbers), PIECE_BYTES))

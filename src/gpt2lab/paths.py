@@ -32,19 +32,23 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that takes the place of `folder` at the end: after a crash at any point, that is whole or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.part")
+    aside, before = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.before.part")
     shutil.rmtree(aside, ignore_errors=True)
+    if before.exists() and not folder.exists():  # the one before us died between two renames
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside
         for path in (*aside.iterdir(), aside):
             sync(path)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(before)
         aside.rename(folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in (aside, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

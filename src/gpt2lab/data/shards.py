@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from gpt2lab.config import DataConfig
 from gpt2lab.data.sources import Corpus, Document, read_corpus
@@ -174,6 +175,10 @@ def write_prepared(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
         cause = "it is there, and holds no shards"
         raise DataError("will not overwrite", where=str(folder), cause=cause, fix="give an empty or a new folder")
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    for left in folder.parent.glob(f"{folder.name}.*.part"):  # by one that was killed
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         splits = {"train": corpus.train, "validation": corpus.validation}

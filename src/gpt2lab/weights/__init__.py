@@ -9,6 +9,7 @@ from typing import Any
 from gpt2lab import checkpoint
 from gpt2lab.config import to_dict, to_yaml
 from gpt2lab.errors import CheckpointError, ConfigError
+from gpt2lab.manifest import MANIFEST
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.seeds import generator_for
 from gpt2lab.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def open_model(name: str) -> tuple[GPT2, Tokenizer]:
         CheckpointError: there is nothing, or it is damaged. UntrustedFileError: it would run code when opened.
     """
     folder = Path(name)
-    if (folder / checkpoint.MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         return checkpoint.load(folder).open_model()
     if (folder / "checkpoints").is_dir():
         newest, troubles = checkpoint.latest(folder)
@@ -108,7 +109,7 @@ def convert_model(name: str, out: Path, changes: Mapping[str, Any]) -> tuple[Con
 
 def save_model(folder: Path, model: GPT2, tokenizer: Tokenizer) -> None:
     """A model by itself as a folder of ours."""
-    checkpoint.save(folder, model, recipe=to_yaml({"model": to_dict(model.config)}), tokenizer=tokenizer)
+    checkpoint.save(folder, model.state_dict(), recipe=to_yaml({"model": to_dict(model.config)}), tokenizer=tokenizer)
 
 
 def refuse_full(folder: Path) -> None:
