@@ -6,12 +6,20 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gpt2lab.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD in its fused form, with decay on matrices only: not on norms or biases (experts' biases have rows)."""
+def make_optimizer(model: nn.Module, config: OptimConfig, *, exact: bool = False) -> torch.optim.Optimizer:
+    """AdamW or SGD, with decay on matrices only: not on norms or biases (experts' biases have rows).
+
+    Args:
+        exact: not in the fused form, whose last bits on a CPU depend on where in its tensor (or shard) a number lies.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    fused = not exact and not (sharded and config.name == "sgd")  # torch has no fused SGD of shards
+    how = {"fused": True} if fused else {"foreach": False, "fused": False}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -19,8 +27,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             (matrices if parameter.dim() >= 2 and not name.endswith("bias") else others).append(parameter)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], fused=True)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, **how)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0], **how)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
