@@ -142,3 +142,12 @@ def test_control_of_the_reader_of_trees() -> None:
 
 def test_contributing_can_be_read_in_a_minute() -> None:
     assert len(read("CONTRIBUTING.md").splitlines()) < 50
+
+
+def test_each_fault_of_the_catalogue_names_tests_that_are_there() -> None:
+    rows = re.findall(r"^\| ([TC]\d\d) \| .* \| (.*) \|$", read("docs/reliability.md"), flags=re.MULTILINE)
+    assert [name for name, _ in rows] == [f"T{n:02}" for n in range(1, 35)] + [f"C{n:02}" for n in range(1, 10)]
+    named = [test for _, tests in rows for test in re.findall(r"`(tests/\S+)::(\w+)`", tests)]
+    assert len(named) > 60
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in read(path)]
+    assert not missing

@@ -1,5 +1,7 @@
 """Faults in real processes: a fault costs time, never data, and what it says is one line."""
 
+import ctypes
+import itertools
 import os
 import random
 import shutil
@@ -8,16 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from torch import nn
 
 from gpt2lab import checkpoint
+from gpt2lab import train as training
+from gpt2lab.data.batches import Batches
+from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.recipe import load_config
+from gpt2lab.strategy import Single
 from gpt2lab.system import StopSignals
 from gpt2lab.tracking import read_rows
 from gpt2lab.train import train
+from tests.forked import fork_command, none_left
 from tests.test_checkpoint import DONE, in_a_child
 from tests.test_train import MEASURED, SETTINGS, Witness, assert_equal, flags, rows, sentences, state
 
@@ -171,6 +181,292 @@ def test_a_second_process_on_the_same_folder_is_refused(place: Path) -> None:
     finally:
         first.kill()
         first.communicate()
+
+
+# --- Several processes, with the launcher -----------------------------------------------------------------------------
+
+TOGETHER: dict[str, Any] = {
+    "steps": 120,
+    "validate_every": 0,
+    "sample_every": 0,
+    "checkpoint_every": 1,
+    "system.num_processes": 2,
+}
+
+
+SHARED = LONG | {key: value for key, value in TOGETHER.items() if key != "system.num_processes"}
+
+
+def launch(place: Path, **changes: Any) -> subprocess.Popen[str]:
+    """`gpt2lab train` on two processes, in a process group of its own."""
+    words = command(**TOGETHER | changes)
+    return subprocess.Popen(words, cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes that a launcher has started, by their rank."""
+    children = psutil.Process(launcher.pid).children()
+    return {int(child.environ()["RANK"]): child for child in children if "RANK" in child.environ()}
+
+
+@contextmanager
+def none_outlives(launcher: subprocess.Popen[str]) -> Iterator[list[psutil.Process]]:
+    """Whatever is put into the list is killed at the end, if a test fails before it ends."""
+    known: list[psutil.Process] = []
+    try:
+        yield known
+    finally:
+        for process in [*known, psutil.Process(launcher.pid)] if launcher.poll() is None else known:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.communicate()
+
+
+@pytest.fixture(scope="module")
+def shared(workplace: Path) -> Path:
+    """The run of two processes that nothing interrupts."""
+    folder = workplace / "shared"
+    folder.mkdir()
+    (folder / "text.txt").write_text(sentences())
+    with fork_command(2, ["train", *flags(SHARED)], folder) as ranks:
+        assert ranks.wait() == [0, 0], ranks.everything_said
+    return folder / "run"
+
+
+def test_the_launcher_starts_what_was_killed_again(place: Path, shared: Path) -> None:
+    """One rank, then both at once: the rest is gone in seconds, and the run is the one that nothing interrupted."""
+    launcher = launch(place)
+    with none_outlives(launcher) as known:
+        for step, victims in ((5, [1]), (40, [0, 1])):
+            wait_for_step(place, launcher, step)
+            ranks = ranks_of(launcher)
+            known += ranks.values()
+            for victim in victims:
+                ranks[victim].kill()
+            assert none_left([rank.pid for rank in ranks.values()], 10)
+        wait_for_step(place, launcher, 70)
+        known += (last := list(ranks_of(launcher).values()))
+        launcher.terminate()
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, said
+        assert none_left([rank.pid for rank in last], 1)
+    again = [line for line in said.splitlines() if "starting again from the last checkpoint" in line]
+    assert again[0].startswith("rank 1 of 2") and "(1 of 3 restarts)" in again[0]
+    assert len(again) == 2 and all("was killed by SIGKILL" in line for line in again)
+    assert said.count("gpt2lab: stopped by SIGTERM") == 1 and "Traceback" not in said
+    newest, troubles = checkpoint.latest(place / "run")
+    assert newest is not None and not troubles
+    assert newest.state["step"] == len(rows(place / "run")) - 1 >= 70, "a step was lost"
+    assert rows(place / "run") == rows(shared)[: newest.state["step"] + 1]
+
+
+def test_where_no_restart_is_left_the_launcher_says_who_was_killed(place: Path) -> None:
+    launcher = launch(place, **{"system.restarts": 0})
+    with none_outlives(launcher) as known:
+        wait_for_step(place, launcher, 5)
+        ranks = ranks_of(launcher)
+        known += ranks.values()
+        ranks[0].kill()
+        _, said = launcher.communicate(timeout=30)
+        assert launcher.returncode == 6 and none_left([rank.pid for rank in ranks.values()], 10)
+    line = said.splitlines()[-1]
+    assert f"rank 0 of 2, process {ranks[0].pid}" in line and "was killed by SIGKILL" in line and "Fix: " in line
+    assert said.count("gpt2lab: ") == 1 and "Traceback" not in said
+
+
+def test_control_c_and_the_death_of_the_launcher_lose_nothing(place: Path, shared: Path) -> None:
+    """Ctrl-C goes to the whole process group, the launcher's death to nobody."""
+    launcher = launch(place, checkpoint_every=0)
+    with none_outlives(launcher) as known:
+        wait_for_step(place, launcher, 5)
+        known += (ranks := list(ranks_of(launcher).values()))
+        os.killpg(launcher.pid, signal.SIGINT)
+        _, said = launcher.communicate(timeout=60)
+        assert launcher.returncode == 75, said
+        assert none_left([rank.pid for rank in ranks], 1) and said.count("gpt2lab: stopped by SIGINT") == 1
+    first = checkpoint.latest(place / "run")[0]
+    assert first is not None and first.state["step"] == len(rows(place / "run")) - 1 >= 5
+
+    launcher = launch(place, checkpoint_every=0)
+    with none_outlives(launcher) as known:
+        wait_for_step(place, launcher, first.state["step"] + 5)
+        known += (ranks := list(ranks_of(launcher).values()))
+        launcher.kill()
+        assert none_left([rank.pid for rank in ranks], 20)
+    second = checkpoint.latest(place / "run")[0]
+    assert second is not None and second.state["step"] == len(rows(place / "run")) - 1 > first.state["step"]
+    with fork_command(2, ["train", *flags(SHARED)], place) as forks:
+        assert forks.wait() == [0, 0], forks.everything_said
+    assert rows(place / "run") == rows(shared)
+    assert_equal(state(place / "run"), state(shared))
+
+
+# --- Several processes, forked ----------------------------------------------------------------------------------------
+
+APART: dict[str, Any] = LONG | {
+    "steps": 12,
+    "batch_tokens": 128,
+    "validate_every": 4,
+    "checkpoint_every": 4,
+    "sample_every": 0,
+}
+"""Two passes a step in each of two processes."""
+
+
+def in_a_pass(rank: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """Let one rank act while it reads the text of its second pass of step 6."""
+
+    def before(this: int) -> None:
+        draw = Batches.__call__
+
+        def drawn(batches: Batches, step: int, micro_step: int) -> Any:
+            if this == rank and step == 5 and micro_step == batches.micro_steps - 1:
+                act()
+            return draw(batches, step, micro_step)
+
+        Batches.__call__ = drawn  # type: ignore[method-assign]
+
+    return before
+
+
+def fail() -> None:
+    raise RuntimeError("broken on purpose")
+
+
+def fail_in(phase: str) -> Callable[[int], None]:
+    """Let rank 1 (rank 0 where only that has work) fail in a phase of a step after the first."""
+
+    def before(rank: int) -> None:
+        calls = itertools.count()
+
+        def later(after: int, real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*words: Any, **more: Any) -> Any:
+                if next(calls) == after:
+                    fail()
+                return real(*words, **more)
+
+            return call
+
+        if rank != (0 if phase == "write" else 1):
+            return
+        match phase:
+            case "data":
+                Batches.__call__ = later(5, Batches.__call__)  # type: ignore[method-assign]
+            case "forward":
+                hook = later(100, lambda *_: None)
+                nn.modules.module.register_module_forward_hook(lambda module, *_: (module.training and hook()) or None)
+            case "backward":
+                hook = later(5, lambda gradient: gradient)
+                nn.modules.module.register_module_forward_hook(
+                    lambda module, _, out: (
+                        out.register_hook(hook) and None if isinstance(module, GPT2) and out.requires_grad else None
+                    )
+                )
+            case "update":
+                Single.step = later(5, Single.step)  # type: ignore[method-assign]
+            case "save":
+                Single.weights = later(0, Single.weights)  # type: ignore[method-assign]
+            case "write":
+                checkpoint.save = later(0, checkpoint.save)
+            case "validate":
+                training.validate = later(1, training.validate)
+
+    return before
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "update", "save", "write", "validate"])
+def test_an_error_in_one_process_ends_all_with_one_line(phase: str, strategy: str, place: Path) -> None:
+    with fork_command(2, ["train", *flags(APART | {"system.strategy": strategy})], place, fail_in(phase)) as ranks:
+        assert ranks.wait(30) == [70, 70]
+        [line] = [line for line in ranks.everything_said.splitlines() if line.startswith("gpt2lab: ")]
+    assert "broken on purpose" in line and "Traceback" not in ranks.everything_said
+    assert len(rows(place / "run")) > 1
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
+def stop_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def sleep_with_everything_locked() -> None:
+    """What a C extension that never gives the GIL back does."""
+    ctypes.PyDLL(None).sleep(1000)
+
+
+@pytest.mark.parametrize("act", [loop_for_ever, stop_oneself, sleep_with_everything_locked], ids=lambda f: f.__name__)
+def test_a_process_that_hangs_is_named_with_its_stacks(act: Callable[[], None], place: Path) -> None:
+    words, began = ["train", *flags(APART | {"system.timeout_seconds": 4})], time.monotonic()
+    with fork_command(2, words, place, in_a_pass(1, act)) as ranks:
+        codes = ranks.wait(40) if act is not sleep_with_everything_locked else [ranks.wait_for(0, 40)]
+        assert set(codes) == {6}, ranks.everything_said
+        [line] = [line for line in ranks.everything_said.splitlines() if line.startswith("gpt2lab: ")]
+    assert time.monotonic() - began < 30
+    assert f"a process hangs (rank 1 of 2, process {ranks.pids[1]} on " in line
+    assert "step 6, " in line or act is not loop_for_ever  # one that is stopped is where its last sign was
+    assert "for 4 seconds" in line and "stacks.txt" in line and "rank 0" not in line
+    stacks = (place / "run" / "stacks.txt").read_text()
+    assert "=== rank 0 of 2" in stacks and "train_step" in stacks.split("=== rank 1 of 2")[0]
+    if act is not sleep_with_everything_locked:
+        assert act.__name__ in stacks.split("=== rank 1 of 2")[1]
+
+
+def test_a_signal_to_one_process_stops_all(place: Path) -> None:
+    def signal_oneself() -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    for rank in (0, 1):
+        out = f"run-{rank}"
+        with fork_command(2, ["train", *flags(APART | {"out": out})], place, in_a_pass(rank, signal_oneself)) as ranks:
+            assert ranks.wait(30) == [75, 75]
+            assert ranks.everything_said.count("gpt2lab: stopped by ") == 1
+            assert "6 of 12 steps are done and saved" in ranks.everything_said
+        newest, _ = checkpoint.latest(place / out)
+        assert newest is not None and newest.state["step"] == 6
+
+
+def test_a_second_signal_ends_it_at_once_and_the_others_follow(place: Path) -> None:
+    def twice() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+
+    with fork_command(2, ["train", *flags(APART)], place, in_a_pass(1, twice)) as ranks:
+        assert ranks.wait(30) == [6, -signal.SIGTERM]
+    newest, troubles = checkpoint.latest(place / "run")
+    assert newest is not None and newest.state["step"] == 4 and not troubles
+
+
+def test_a_second_group_on_the_same_folder_is_refused_and_the_first_goes_on(place: Path) -> None:
+    def wait_for_the_second() -> None:
+        deadline = time.monotonic() + 30
+        while not (place / "refused").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    (elsewhere := place / "elsewhere").mkdir()
+    words = ["train", *flags(APART | {"out": str(place / "run")})]
+    with fork_command(2, words, place, in_a_pass(0, wait_for_the_second)) as first:
+        while not (place / "run" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        (elsewhere / "text.txt").symlink_to(place / "text.txt")
+        with fork_command(2, words, elsewhere) as second:
+            assert second.wait(30) == [2, 2]
+            assert second.everything_said.count("gpt2lab: run folder in use") == 1
+            assert f"process {first.pids[0]} on " in second.everything_said
+        (place / "refused").touch()
+        assert first.wait(60) == [0, 0]
+    assert [row["step"] for row in rows(place / "run")] == list(range(13))
+
+
+def test_a_dozen_file_handles_are_enough(place: Path, whole: Path) -> None:
+    """What too few bring, exit code 5, is in tests/test_cli.py; here are fewer than any system gives."""
+    words = ["sh", "-c", 'ulimit -n 12; exec "$@"', "sh", *command()]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert rows(place / "run") == rows(whole)
 
 
 # --- Disks ------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,13 @@ PACKAGE = "gpt2lab"
 TIERS = [
     ["cli", "commands", "__main__"],
     ["serve", "study", "bench"],
-    ["train", "run", "folder", "plan", "generation", "evaluate"],
-    ["data", "checkpoint", "weights", "optim", "system", "tracking"],
+    ["train", "replay", "run", "folder", "plan", "memory", "generation", "evaluate"],
+    [
+        *("data", "checkpoint", "writer", "weights", "optim", "system", "tracking", "health"),
+        *("distributed", "watch", "launch", "strategy", "exact"),
+    ],
     ["model"],
-    ["config", "recipe", "tokenizer", "errors", "hub", "paths", "seeds", "tensors", "__init__"],
+    ["config", "recipe", "tokenizer", "errors", "hub", "manifest", "paths", "seeds", "tensors", "__init__"],
 ]
 """From the top of the hill down: a module imports from its own tier and those below."""
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2lab.tracking import Console, JsonLines, clock, read_rows, size
-from tests.test_checkpoint import DIED, DONE, at_each_operation, die
+from tests.test_checkpoint import DIED, DONE, at_each_operation, die, in_a_child
 
 ROWS = [{"step": step, "loss": 1 / (step + 1), "text": f"é {step}\n\u2028\x85"} for step in range(5)]
 
@@ -156,3 +158,23 @@ def test_size(count: float, shown: str) -> None:
 
 def test_rows_are_plain_json(log: JsonLines) -> None:
     assert [json.loads(line) for line in log.path.read_bytes().split(b"\n")[:-1]] == ROWS
+
+
+def test_a_full_disk_keeps_rows_until_there_is_room(tmp_path: Path) -> None:
+    """In a process of its own, whose files may not grow beyond 60 bytes, until they may."""
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        log = JsonLines(tmp_path / "rows.jsonl")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, resource.RLIM_INFINITY))
+        for step in range(10):
+            log.append({"step": step, "loss": 1.5})
+        assert [row["step"] for row in read_rows(log.path)] == [0, 1]  # 26 bytes each, and no half of a third
+        with pytest.raises(OSError, match="too large"):
+            log.sync()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        log.append({"step": 10, "loss": 1.5})
+        assert [row["step"] for row in read_rows(log.path)] == list(range(11))
+        os._exit(DONE)
+
+    assert in_a_child(work) == DONE

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TextIO
 
 from gpt2lab import __version__, commands
 from gpt2lab.config import fields
-from gpt2lab.errors import ConfigError, as_lab_error
+from gpt2lab.errors import ConfigError, SaidElsewhere, as_lab_error
 from gpt2lab.recipe import read_model_flags
 
 BUG, STOPPED_BY_USER = 70, 130
@@ -51,6 +51,8 @@ def run(argv: list[str]) -> int:
     # OpenMP's threads wait for each other in a loop; where others use the cores too, a long wait only keeps them from work.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
+    if not debug:  # torch's own account of a lost connection is a page long
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         arguments = parse(argv)
         arguments.command(arguments)
@@ -69,7 +71,8 @@ def run(argv: list[str]) -> int:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"gpt2lab: a bug of ours: {words}. Fix: give --debug too, and report what it shows.", file=sys.stderr)
             return BUG
-        print(f"gpt2lab: {ours}", file=sys.stderr)
+        if not isinstance(ours, SaidElsewhere):
+            print(f"gpt2lab: {ours}", file=sys.stderr)
         return ours.exit_code
 
 
@@ -121,6 +124,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             usage=f"gpt2lab {name} [RECIPE ...] [--section.key=value ...]",
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    replayer = add("replay", commands.replay, "compute a logged step of a run again, to the same bits")
+    replayer.add_argument("run", metavar="RUN", help="a run folder")
+    replayer.add_argument("--step", type=int, required=True, help="the step")
+    replayer.add_argument("--json", action="store_true", help="print one JSON object")
 
     generate = add("generate", commands.generate, "continue a text")
     generate.add_argument("model", metavar="MODEL", help=_MODEL)
@@ -193,6 +201,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "experts against the dense MLP of as many active parameters",
             "tokens embed-dim ff-hidden-dim num-experts experts-per-token",
         ),
+        (
+            "strategies",
+            "one recipe on one process and on several, started every way: the same curve, and what each costs",
+            "steps processes",
+        ),
     ):
         command = add(what, commands.bench, help_, into=benches)
         command.set_defaults(what=what)
@@ -200,8 +213,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument(f"--{size}", type=int)
         if what == "attention":
             command.add_argument("--lengths", type=int, nargs="+", help="tokens in a sequence, at least two of them")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"))
-        command.add_argument("--precision", choices=("auto", "fp32", "bf16"))
+        if what == "strategies":
+            command.add_argument("--recipe", metavar="FILE", help="what to train (default: a small model on a CPU)")
+        else:
+            command.add_argument("--device", choices=("auto", "cpu", "cuda"))
+            command.add_argument("--precision", choices=("auto", "fp32", "bf16"))
         command.add_argument("--out", help=f"a folder for the figures (default: runs/bench-{what})")
         command.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -237,7 +253,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0] in ("train", "plan"):
         own, recipes, flags = _settings(argv[1:])
         known = parser.parse_args([argv[0], *own])
-        known.recipes, known.flags = recipes, flags
+        known.recipes, known.flags, known.words = recipes, flags, argv[1:]
         return known
     if argv and argv[0] == "convert":
         own, places, flags = _settings(argv[1:])

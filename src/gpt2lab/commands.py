@@ -36,14 +36,48 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.recipes, arguments.flags)
+    from gpt2lab import launch
     from gpt2lab import train as training
 
+    if launch.must_launch(config):
+        launch.launch(["train", *arguments.words], config, console().say)
+        return
     folder = training.train(config, console())
-    if arguments.json:
+    if arguments.json and launch.speaks():
         from gpt2lab.tracking import read_rows
 
         *_, row = read_rows(folder / "metrics.jsonl")
         _print_json({"run": str(folder), **row})
+
+
+def replay(arguments: argparse.Namespace) -> None:
+    from gpt2lab import launch
+    from gpt2lab import replay as replaying
+    from gpt2lab.errors import NumbersError
+
+    folder = Path(arguments.run)
+    config = replaying.settings_of(folder, arguments.step)
+    if launch.must_launch(config):
+        words = ["replay", arguments.run, f"--step={arguments.step}", *["--json"] * arguments.json]
+        launch.launch(words, config, console().say)
+        return
+    result = replaying.replay(folder, arguments.step, config, console())
+    if not launch.speaks():
+        return
+    if arguments.json:
+        _print_json(asdict(result) | {"same": result.same})
+    else:
+        for key, value in result.logged.items():
+            now = result.replayed.get(key)
+            print(f"{key:14} {value}" + ("" if now == value else f", now {now}"))
+        starts = result.batch["sample_starts"]
+        print(
+            f"text           {len(starts)} samples; the first begins at token {starts[0]}: {result.batch['text']['0'][:80]!r}"
+        )
+    if not result.same:
+        cause = f"computed again from step {result.after_step} on, it gave other numbers"
+        fix = "compare torch and machine with those in run.json; if they are the same, suspect the memory of one"
+        raise NumbersError("the step does not repeat", where=f"{folder}, step {result.step}", cause=cause, fix=fix)
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -180,15 +214,16 @@ def _show_map(found: Any, as_json: bool, **more: Any) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from gpt2lab.bench import attention, experts
+    from gpt2lab.bench import attention, experts, strategies
 
-    given = vars(arguments)
-    known = attention.AttentionBench if arguments.what == "attention" else experts.ExpertsBench
-    settings = known(**{field.name: given[field.name] for field in fields(known) if given.get(field.name) is not None})
-    if isinstance(settings, attention.AttentionBench):
-        result, table = attention.bench_attention(settings, console()), attention.table
-    else:
-        result, table = experts.bench_experts(settings, console()), experts.table
+    known: dict[str, tuple[Any, Any, Any]] = {
+        "attention": (attention.AttentionBench, attention.bench_attention, attention.table),
+        "experts": (experts.ExpertsBench, experts.bench_experts, experts.table),
+        "strategies": (strategies.StrategiesBench, strategies.bench_strategies, strategies.table),
+    }
+    settings, measure, table = known[arguments.what]
+    given = {field.name: vars(arguments).get(field.name) for field in fields(settings)}
+    result = measure(settings(**{name: value for name, value in given.items() if value is not None}), console())
     if arguments.json:
         _print_json(result)
     else:

@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, int]] = {
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Strategy = Literal["auto", "single", "ddp", "fsdp"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -183,6 +184,26 @@ class SystemConfig:
     """Of the matrix products; weights and sums stay fp32. auto: the fastest measured here at this model's shapes."""
     compile: bool = False
     """Compile the model with torch.compile: slower to start, often faster to run; on a CPU it needs a C++ compiler."""
+    num_processes: Count | None = None
+    """Processes to start on this machine, one a GPU. None: those that torchrun or accelerate launch started, else 1."""
+    strategy: Strategy = "auto"
+    """How processes share the work: ddp, each with a whole copy; fsdp, weights, gradients and optimizer cut into shards.
+    auto: single for one process, else ddp."""
+    shard_size: Count | None = None
+    """With fsdp: processes that hold one copy of the model together; copies are replicas (hybrid sharding). None: all."""
+    offload: bool = False
+    """With fsdp on GPUs: keep shards and optimizer in the CPU's memory, and update there."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block, and compute the rest again in the backward pass: less memory, a third more work."""
+    exact: bool = False
+    """Equal bits on any number of processes and with any strategy, for the same micro_batch: gradients are added as
+    integers, and on a CPU each process has one thread."""
+    timeout_seconds: Count = 120
+    """A process that gives no sign for so long is taken to hang, named with its stacks, and the run ends."""
+    restarts: CountOrZero = 3
+    """How often processes that died or hung are started again from the last checkpoint, with num_processes."""
+    compare_every: CountOrZero = 100
+    """Steps between comparisons of the replicas' weights, which must be the same to the bit; 0: never."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -208,7 +229,17 @@ class RunConfig:
     checkpoint_every: CountOrZero = 500
     """Steps between checkpoints; 0: only at the end. A stop by signal always writes one."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept; older ones are removed once a newer one has been verified."""
+    """Newest checkpoints kept, besides the one with the lowest validation loss; older ones are removed once a newer one
+    has been verified. A file `step-00000500.keep` beside a checkpoint keeps that one too."""
+    checkpoint_in_background: bool = True
+    """Write checkpoints while training goes on; a last one, or one after a signal, is waited for."""
+    checkpoint_file_bytes: Count = 5_000_000_000
+    """Weights, and the optimizer's state, are cut into files of about so many bytes, by whole tensors."""
+    skip_limit: CountOrZero = 10
+    """Steps of the last hundred that may be skipped because their loss or gradient is not finite; one more ends the run."""
+    on_spike: Literal["note", "rollback"] = "note"
+    """What a jump of the loss brings: a line and a field in metrics.jsonl, or a return to the last checkpoint that goes
+    on with the text after the spike (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1)."""
     sample_every: CountOrZero = 0
     """Steps between samples written to samples.jsonl; 0: only at the end."""
     sample_prompt: str = "\n"

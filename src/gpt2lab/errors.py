@@ -52,6 +52,14 @@ class ProcessError(LabError):
     exit_code = 6
 
 
+class SaidElsewhere(ProcessError):
+    """The end of this process, after another one has said why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("stopped", cause="another process failed, and has said why", fix="what it says")
+        self.exit_code = exit_code
+
+
 class NumbersError(LabError, ArithmeticError):
     """A loss or a gradient that is not finite."""
 
@@ -83,6 +91,12 @@ _EXHAUSTED = {
 }
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or a GPU had no memory left."""
+    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return starved or "can't allocate memory" in str(error)
+
+
 def as_lab_error(error: BaseException) -> LabError | None:
     """Word what the machine says (a full disk, no memory, no permission) as one of ours.
 
@@ -97,8 +111,7 @@ def as_lab_error(error: BaseException) -> LabError | None:
     if "No space left on device" in str(error):
         what, fix = _EXHAUSTED[errno.ENOSPC]
         return ResourceError(what, cause=str(error), fix=fix)
-    starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if starved or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return ResourceError(
             "out of memory",
             cause=str(error).split("\n")[0] or "the system refused more",

@@ -12,10 +12,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.shards import Prepared
+from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.paths import write_whole
 from gpt2lab.recipe import build_config, flat, read_recipe
@@ -29,6 +31,10 @@ MAY_DIFFER = frozenset(
         "keep_checkpoints",
         "sample_every",
         "sample_prompt",
+        "checkpoint_in_background",
+        "checkpoint_file_bytes",
+        "skip_limit",
+        "on_spike",
         "micro_batch",
         "data.source",
         "data.validation",
@@ -36,6 +42,15 @@ MAY_DIFFER = frozenset(
         "system.device",
         "system.precision",
         "system.compile",
+        "system.num_processes",
+        "system.strategy",
+        "system.shard_size",
+        "system.offload",
+        "system.activation_checkpointing",
+        "system.exact",
+        "system.timeout_seconds",
+        "system.restarts",
+        "system.compare_every",
     ]
 )
 """Settings that may change when a run goes on: they do not decide what is learned (the text is compared by its content)."""
@@ -88,7 +103,7 @@ def inherit(config: RunConfig, stored: RunConfig) -> RunConfig:
     """What a command leaves open stays as it was when the run started, also where this machine would choose otherwise."""
 
     def fill(given: Any, before: Any) -> Any:
-        names = [field.name for field in fields(given)]
+        names = [field.name for field in fields(given) if field.name not in ("num_processes", "strategy", "shard_size")]
         open_ = {name: getattr(before, name) for name in names if getattr(given, name) in (None, "auto")}
         return replace(given, **open_)
 
@@ -151,6 +166,18 @@ def open_folder(folder: Path, config: ResolvedConfig, data: Prepared) -> str:
         write_whole(folder / "run.json", json.dumps(about, indent=1))
         write_whole(folder / "config.yaml", portable_recipe(config))
     return str(about["run_id"])
+
+
+def note_sitting(folder: Path, step: int, config: ResolvedConfig, ranks: Ranks) -> None:
+    """Write down what the steps after `step` are computed on: whoever wants the same bits again needs the same."""
+    about = read_about(folder)
+    sittings = [sitting for sitting in about.get("sittings", []) if sitting["after_step"] < step]
+    about["sittings"] = [*sittings, {
+        "after_step": step, "processes": ranks.world_size, "strategy": config.system.strategy, "exact": config.system.exact,
+        "micro_batch": config.micro_batch, "device": ranks.device.type, "precision": config.system.precision,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }]  # fmt: skip
+    write_whole(folder / "run.json", json.dumps(about, indent=1))
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,35 +15,43 @@ from filelock import FileLock
 
 from gpt2lab import checkpoint, weights
 from gpt2lab.checkpoint import Checkpoint
-from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
+from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches, check_length
-from gpt2lab.data.shards import Prepared, prepare
+from gpt2lab.data.shards import Prepared, open_prepared, prepare
+from gpt2lab.distributed import Ranks, place
 from gpt2lab.errors import CheckpointError, ConfigError, DataError
 from gpt2lab.folder import (
     check_folder,
     inherit,
     lock_folder,
+    note_sitting,
     open_folder,
     read_stored,
     refuse_differences,
     refuse_other_text,
 )
 from gpt2lab.generation.decode import check_prompt
+from gpt2lab.health import SKIPS_WITHIN, Health
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.optim import make_optimizer
-from gpt2lab.plan import Derived, Plan, flops_per_token, make_plan, resolve
+from gpt2lab.plan import Derived, Plan, explain, flops_per_token, make_plan, memory_bytes, resolve
+from gpt2lab.recipe import build_config, parse_recipe
 from gpt2lab.seeds import generator_for
+from gpt2lab.strategy import Single, check_strategy, choose_strategy, make_strategy
 from gpt2lab.system import (
     available_memory_bytes,
     choose_device,
     choose_precision,
     describe_machine,
-    keep_freed_memory,
     make_accelerator,
     product_rate,
+    run_in,
 )
 from gpt2lab.tokenizer import Tokenizer
-from gpt2lab.tracking import Console, JsonLines
+from gpt2lab.tracking import Console, JsonLines, read_rows
+from gpt2lab.writer import Writer
+
+MEMORY_MARGIN = 1.1
+"""What a step holds is known to a tenth: what needs less than this times the free memory is tried."""
 
 
 @dataclass
@@ -50,28 +60,49 @@ class Run:
 
     Attributes:
         config: with nothing left open.
-        model: as it is; `training_model` has the same weights, wrapped for precision, and compiled where asked.
+        lock: on the run folder; in the main process only, as are `resumed` and what is written.
+        model: as it is; `strategy.module` has the same weights, wrapped.
         step: optimizer steps done.
         elapsed_seconds: spent in steps, over all sittings.
+        shift: batches that rollbacks have left out.
+        health: what the last steps were like.
+        rollbacks: how often each checkpoint was gone back to.
     """
 
     config: ResolvedConfig
     folder: Path
-    lock: FileLock
+    lock: FileLock | None
     run_id: str
     console: Console
-    device: torch.device
+    ranks: Ranks
     tokenizer: Tokenizer
     data: Prepared
     batches: Batches
     model: GPT2
-    training_model: Callable[..., torch.Tensor]
-    optimizer: torch.optim.Optimizer
+    strategy: Single
     accelerator: Accelerator
     metrics: JsonLines
     samples: JsonLines
+    bad_batches: JsonLines
+    writer: Writer
     step: int = 0
     elapsed_seconds: float = 0.0
+    shift: int = 0
+    health: Health = field(default_factory=Health)
+    rollbacks: Counter[int] = field(default_factory=Counter)
+
+    def recent_rows(self) -> list[dict[str, Any]]:
+        """The last rows of metrics.jsonl, as the main process has them, in all processes."""
+        path = self.metrics.path
+        rows = list(read_rows(path))[-SKIPS_WITHIN:] if self.ranks.main and path.exists() else []
+        about = [{key: row.get(key) for key in ("step", "loss", "skipped")} for row in rows]
+        return list(json.loads(self.ranks.from_main(json.dumps(about), f"rows/{self.step}/{self.shift}")))
+
+    def close(self) -> None:
+        """Wait for what is being written, and let others into the folder."""
+        self.writer.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 @dataclass(frozen=True)
@@ -88,29 +119,39 @@ class Settled:
     data: Prepared
     start: tuple[GPT2, Tokenizer] | None
     derived: list[Derived]
+    world_size: int
 
 
-def settle(config: RunConfig, resumed: Checkpoint | None = None) -> Settled:
+def settle(config: RunConfig, ranks: Ranks | None = None, resumed: Checkpoint | None = None) -> Settled:
     """Decide everything that a recipe leaves open, on this machine; the text is prepared, and nothing is trained.
+
+    Args:
+        ranks: the processes that will train; None: those that the settings ask for.
 
     Raises:
         LabError: settings, text or weights that cannot work.
     """
-    device = choose_device(config.system.device)
+    device = ranks.device if ranks is not None else choose_device(config.system.device)
+    world = ranks.world_size if ranks is not None else max(config.system.num_processes or 1, place()[1])
+    here = ranks.local_size if ranks is not None else world
     start = weights.open_model(config.init_from) if config.init_from and resumed is None else None
     if start is not None and config.model == GPT2Config():
         config = replace(config, model=start[0].config)
     data = prepare(config.data, choose_tokenizer(config, resumed, start))
-    resolved, derived = resolve(
-        config, data.tokenizer.vocab_size, len(data.train), device.type, available_memory_bytes(device)
-    )
+    memory = available_memory_bytes(device) // (here if device.type == "cpu" else 1)
+    resolved, derived = resolve(config, data.tokenizer.vocab_size, len(data.train), device.type, memory, world)
     check(resolved, data)
     tokens = resolved.micro_batch * resolved.seq_len
     precision, reason = choose_precision(resolved.system, resolved.model, tokens, device)
     if resolved.system.precision == "auto":
         derived.append(Derived("system.precision", precision, reason))
-    resolved = replace(resolved, system=replace(resolved.system, precision=precision))
-    return Settled(resolved, device, data, start, derived)
+    strategy = choose_strategy(config.system.strategy, world)
+    system = replace(resolved.system, precision=precision, strategy=strategy, num_processes=here)
+    resolved = replace(resolved, system=system)
+    check_strategy(resolved, world, device.type)
+    if ranks is not None and memory_bytes(resolved, device.type, world)["total"] > MEMORY_MARGIN * memory:
+        raise explain(resolved, memory, device.type, world)
+    return Settled(resolved, device, data, start, derived, world)
 
 
 def forecast(config: RunConfig) -> tuple[Plan, Settled]:
@@ -118,28 +159,49 @@ def forecast(config: RunConfig) -> tuple[Plan, Settled]:
     settled = settle(config)
     resolved, tokens = settled.config, settled.config.micro_batch * settled.config.seq_len
     rate = product_rate(resolved.system.precision, resolved.model, tokens, settled.device)
-    return make_plan(resolved, rate), settled
+    return make_plan(resolved, rate, settled.device.type, settled.world_size), settled
 
 
-def set_up(config: RunConfig, console: Console) -> Run:
+def set_up(config: RunConfig, console: Console, ranks: Ranks) -> Run:
     """A run that is ready for its next step, new or where its folder left off.
+
+    The main process decides, reads and writes; the others are told what they need.
 
     Raises:
         LabError: settings, text, weights or folder that cannot work; nothing that was there is changed.
     """
     folder = Path(config.out)
+    if not ranks.main:
+        return open_run(listen(ranks), folder, None, Console(quiet=True), ranks)
     check_folder(folder)
     with ExitStack() as on_failure:
         lock = lock_folder(folder) if folder.is_dir() else None
         if lock is not None:
             on_failure.callback(lock.release)
-        run = open_run(config, folder, lock, console)
+        run = open_run(decide(config, folder, console, ranks), folder, lock, console, ranks)
         on_failure.pop_all()
     return run
 
 
-def open_run(config: RunConfig, folder: Path, lock: FileLock | None, console: Console) -> Run:
-    """What `set_up` does once the folder is ours, or known to be new (then it is locked when it is made)."""
+@dataclass(frozen=True)
+class Opening:
+    """What is known before a run is opened.
+
+    Attributes:
+        state: of the checkpoint that the run goes on from; None for a new one.
+        resumed, start: that checkpoint, or the model to start from; in the main process only.
+    """
+
+    config: ResolvedConfig
+    data: Prepared
+    state: dict[str, Any] | None
+    resumed: Checkpoint | None = None
+    start: GPT2 | None = None
+    derived: list[Derived] = field(default_factory=list)
+
+
+def decide(config: RunConfig, folder: Path, console: Console, ranks: Ranks) -> Opening:
+    """What the main process finds out about a run and its folder; it tells the others."""
     stored = read_stored(folder)
     if stored is not None:
         config = inherit(config, stored)
@@ -148,28 +210,68 @@ def open_run(config: RunConfig, folder: Path, lock: FileLock | None, console: Co
     resumed, troubles = checkpoint.latest(folder)
     for trouble in troubles:
         console.say(f"left aside: {trouble}")
-    settled = settle(config, resumed)
-    resolved, device, data = settled.config, settled.device, settled.data
+    settled = settle(config, ranks, resumed)
     if stored is not None:
-        refuse_differences(resolved, stored, folder)
-        refuse_other_text(folder, data)
+        refuse_differences(settled.config, stored, folder)
+        refuse_other_text(folder, settled.data)
+    start = settled.start[0] if settled.start is not None else None
+    state = resumed.state if resumed is not None else None
+    told = {
+        "recipe": to_yaml(settled.config),
+        "text": str(settled.data.folder.absolute()),
+        "fingerprint": settled.data.train.fingerprint,
+        "tokenizer": settled.data.tokenizer.to_json(),
+        "state": state,
+    }
+    ranks.from_main(json.dumps(told), "opening")
+    return Opening(settled.config, settled.data, state, resumed, start, settled.derived)
 
+
+def listen(ranks: Ranks) -> Opening:
+    """What the main process says; on another machine the text is prepared anew, once for all of its processes.
+
+    Raises:
+        DataError: the text there is another.
+    """
+    told = json.loads(ranks.from_main(None, "opening"))
+    config = build_config(parse_recipe(told["recipe"], "the main process"))
+    resolved = ResolvedConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
+    folder, tokenizer = Path(told["text"]), Tokenizer.from_json(told["tokenizer"])
+    data = open_prepared(folder) if folder.is_dir() else None
+    if data is None or data.train.fingerprint != told["fingerprint"]:
+        data = ranks.one_here_first(lambda: prepare(resolved.data, tokenizer), "text")
+    if data.train.fingerprint != told["fingerprint"]:
+        cause = f"rank {ranks.rank} finds another text than the main process at {resolved.data.source}"
+        raise DataError("texts differ", where="data.source", cause=cause, fix="copy the text to every machine")
+    return Opening(resolved, data, told["state"])
+
+
+def open_run(opening: Opening, folder: Path, lock: FileLock | None, console: Console, ranks: Ranks) -> Run:
+    """What `set_up` does once the folder is ours, or known to be new (then it is locked when it is made)."""
+    resolved, data, device = opening.config, opening.data, ranks.device
+    run_in(resolved.system, device, ranks.local_size)
     model = GPT2.from_config(resolved.model, generator=generator_for(resolved.seed, "weights"))
-    if settled.start is not None:
-        checkpoint.assign_weights(model, settled.start[0].state_dict(), str(config.init_from))
-    if device.type == "cpu":
-        keep_freed_memory()
+    if opening.resumed is not None:
+        opening.resumed.load_weights(model)
+    elif opening.start is not None:
+        checkpoint.assign_weights(model, opening.start.state_dict(), str(resolved.init_from))
     model.to(device).train()
+    ranks.same_in_all(model.parameters())
     accelerator = make_accelerator(resolved.system.precision, device)
-    prepared_model, optimizer = accelerator.prepare(model, make_optimizer(model, resolved.optim))
-    run_id = open_folder(folder, resolved, data)
+    strategy = make_strategy(model, resolved, accelerator, ranks)
+    if ranks.main:
+        run_id = open_folder(folder, resolved, data)
+        lock = lock or lock_folder(folder)
+    else:
+        run_id = ""
+    ranks.watch.folder = folder
     run = Run(
         config=resolved,
         folder=folder,
-        lock=lock or lock_folder(folder),
+        lock=lock,
         run_id=run_id,
         console=console,
-        device=device,
+        ranks=ranks,
         tokenizer=data.tokenizer,
         data=data,
         batches=Batches(
@@ -178,19 +280,26 @@ def open_run(config: RunConfig, folder: Path, lock: FileLock | None, console: Co
             step_samples=resolved.batch_tokens // resolved.seq_len,
             micro_batch=resolved.micro_batch,
             seed=resolved.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         ),
         model=model,
-        training_model=torch.compile(prepared_model) if resolved.system.compile else prepared_model,
-        optimizer=optimizer,
+        strategy=strategy,
         accelerator=accelerator,
         metrics=JsonLines(folder / "metrics.jsonl"),
         samples=JsonLines(folder / "samples.jsonl"),
+        bad_batches=JsonLines(folder / "bad_batches.jsonl"),
+        writer=Writer(folder, resolved.keep_checkpoints, console.say),
     )
-    if resumed is not None:
-        restore(run, resumed)
-    for log in (run.metrics, run.samples):
-        log.cut_after(run.step if resumed is not None else -1)
-    introduce(run, settled.derived)
+    if opening.state is not None:
+        restore(run, opening.resumed, opening.state, with_weights=False)
+    if ranks.main:
+        for log in (run.metrics, run.samples, run.bad_batches):
+            log.cut_after(run.step if opening.state is not None else -1)
+        if run.step < resolved.steps:
+            note_sitting(folder, run.step, resolved, ranks)
+    run.health = Health(run.recent_rows())
+    introduce(run, opening.derived)
     return run
 
 
@@ -227,32 +336,40 @@ def check(config: ResolvedConfig, data: Prepared) -> None:
     check_prompt(len(data.tokenizer.encode(config.sample_prompt)), config.model, "sample_prompt")
 
 
-def restore(run: Run, resumed: Checkpoint) -> None:
+def restore(run: Run, resumed: Checkpoint | None, state: dict[str, Any], *, with_weights: bool = True) -> None:
     """Weights, optimizer and counters of a checkpoint; order, dropout and learning rate follow from the step.
+
+    Args:
+        resumed: the checkpoint, in the main process.
+        with_weights: whether they are still to be loaded.
 
     Raises:
         CheckpointError: they are not this model's.
     """
-    if resumed.state["run_id"] != run.run_id:
+    if resumed is not None and state["run_id"] != run.run_id:
         cause = "it is a checkpoint of another run"
         raise CheckpointError("misplaced checkpoint", where=str(resumed.folder), cause=cause, fix="move it away")
-    resumed.load_weights(run.model)
-    resumed.load_optimizer(run.model, run.optimizer)
-    if run.accelerator.scaler is not None and resumed.state.get("scaler"):
-        run.accelerator.scaler.load_state_dict(resumed.state["scaler"])
-    run.step, run.elapsed_seconds = resumed.state["step"], resumed.state["elapsed_seconds"]
+    if with_weights:
+        run.strategy.load_weights(resumed.weights() if resumed is not None else None)
+    run.strategy.load_optimizer(resumed.optimizer() if resumed is not None else None, f"{state['step']}/{run.shift}")
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.step, run.elapsed_seconds = state["step"], state["elapsed_seconds"]
+    run.shift = max(run.shift, state["shift"])
 
 
 def introduce(run: Run, derived: list[Derived]) -> None:
     """Say, once, what will run, on what, and every number that was derived."""
     config, say = run.config, run.console.say
-    say(f"run      {run.folder} on {describe_machine(run.device)}, {config.system.precision}")
+    shared = f", {run.ranks.world_size} processes ({config.system.strategy})" if run.ranks.world_size > 1 else ""
+    exact = ", exact" if config.system.exact else ""
+    say(f"run      {run.folder} on {describe_machine(run.ranks.device)}, {config.system.precision}{shared}{exact}")
     learn, held = len(run.data.train), len(run.data.validation)
     say(f"text     {config.data.source}: {learn:,} tokens to learn from, {held:,} held out")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
     work = flops_per_token(config.model, config.seq_len) / 1e6
     say(f"model    {run.model.num_parameters():,} parameters, {work:,.1f} MFLOP a token")
-    passes = f"{run.batches.micro_steps} x {config.micro_batch} sequences of {config.seq_len}"
+    passes = f"{run.batches.passes} x {config.micro_batch} sequences of {config.seq_len}"
     left = f", going on after step {run.step}" if run.step else ""
     say(f"steps    {config.steps} of {config.batch_tokens:,} tokens ({passes}){left}")

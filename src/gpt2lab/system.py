@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from gpt2lab.config import GPT2Config, Precision, SystemConfig
 from gpt2lab.errors import ConfigError
@@ -82,10 +85,40 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     mixed = precision if precision in ("bf16", "fp16") else "no"
+    os.environ.pop(
+        "ACCELERATE_USE_FSDP", None
+    )  # of `accelerate launch --use_fsdp`: the strategy, which is ours to apply
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # else a second run in one process keeps the first's precision
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    # The gradients of replicas lie in what is sent, and are not kept twice.
+    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[replicas])
+
+
+def run_in(config: SystemConfig, device: torch.device, local_size: int) -> None:
+    """Set what torch has only once for a whole process: threads, and kernels that give the same bits each time.
+
+    Args:
+        local_size: processes on this machine, which share its cores.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+        if config.exact:
+            torch.set_num_threads(1)
+        elif local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_of_each(local_size))
+        if local_size > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else Accelerate chooses, later
+    torch.use_deterministic_algorithms(config.exact, warn_only=True)
+    if config.exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add in another order
+
+
+def threads_of_each(processes: int) -> int:
+    """The threads of each of several processes that share the cores this one may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def keep_freed_memory() -> None:
@@ -113,8 +146,28 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """Memory that could be had now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that could be had now: of a GPU, or of the machine, within what a container and ``ulimit -v`` allow."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, group = [psutil.virtual_memory().available], Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no such files elsewhere than on Linux, and "max" without a limit
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    with suppress(ImportError):
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    return max(0, min(free))
+
+
+def reachable_memory_bytes(device: torch.device) -> int:
+    """Memory that this process has, or could have."""
+    cuda = device.type == "cuda"
+    return available_memory_bytes(device) + (
+        torch.cuda.memory_reserved(device) if cuda else psutil.Process().memory_info().rss
+    )
 
 
 def describe_machine(device: torch.device) -> str:
@@ -139,6 +192,10 @@ class StopSignals:
             kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
             self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
         return self
+
+    def ask(self, why: str) -> None:
+        """Ask for a stop as a signal would."""
+        self.received = self.received or why
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

@@ -113,6 +113,11 @@ class Tokenizer:
         cause = f"neither {FILE} nor vocab.json with merges.txt is there"
         raise DataError("no tokenizer", where=str(folder), cause=cause, fix="give a folder that has them, or `bytes`")
 
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """A tokenizer from what `to_json` gave."""
+        return cls(_without_specials(Backend.from_str(text)))
+
     def to_json(self) -> str:
         """What ``tokenizer.json`` says."""
         return str(self._backend.to_str(pretty=False))

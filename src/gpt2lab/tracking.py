@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,14 +19,37 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting = ""
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row; it is with the operating system when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Add one row; it is with the operating system when this returns, or waits until the disk has room again.
+
+        Training does not end for a row: it is written with the next one, or with the next checkpoint.
+        """
+        self._waiting += json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        """What waits, whole or not at all."""
+        if self._waiting:
+            with self.path.open("ab", buffering=0) as file:
+                end, rest = file.tell(), memoryview(self._waiting.encode())
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(end)
+                    raise
+            self._waiting = ""
 
     def sync(self) -> None:
-        """Force what was written onto the disk."""
+        """Force what was added onto the disk.
+
+        Raises:
+            OSError: it does not fit.
+        """
+        self._write()
         if self.path.exists():
             with self.path.open("rb+") as file:
                 os.fsync(file.fileno())

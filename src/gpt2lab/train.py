@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2lab import checkpoint
-from gpt2lab.config import RunConfig
-from gpt2lab.errors import Interrupted, NumbersError
-from gpt2lab.evaluate.perplexity import perplexity, shard_tokens
+from gpt2lab.config import GPT2Config, RunConfig
+from gpt2lab.distributed import Ranks, join
+from gpt2lab.errors import Interrupted, is_out_of_memory
+from gpt2lab.evaluate.perplexity import Perplexity, shard_tokens
+from gpt2lab.evaluate.scoring import token_losses
 from gpt2lab.folder import portable_recipe
 from gpt2lab.generation import generate
+from gpt2lab.health import Health, describe_batch, is_bad, refuse_differing_replicas
 from gpt2lab.model.moe import Routing
 from gpt2lab.optim import learning_rate
-from gpt2lab.run import Run, set_up
+from gpt2lab.plan import explain
+from gpt2lab.run import Run, restore, set_up
 from gpt2lab.seeds import derive
-from gpt2lab.system import StopSignals, peak_memory_bytes
+from gpt2lab.system import StopSignals, peak_memory_bytes, reachable_memory_bytes
 from gpt2lab.tracking import Console, clock, size
 
 SAMPLE_TOKENS = 100
+MOST_ROLLBACKS = 3
+"""To one checkpoint: a loss that jumps again after each of them will not be cured by leaving out text."""
 
 
 def train(config: RunConfig, console: Console) -> Path:
@@ -30,47 +38,63 @@ def train(config: RunConfig, console: Console) -> Path:
 
     Raises:
         Interrupted: a signal came; a checkpoint of the step it came in was written.
-        NumbersError: the loss or the gradient is not finite; nothing was updated with it.
+        NumbersError: too many steps were not finite, or replicas differ. ProcessError: another process died or hangs.
         LabError: any other problem, before anything is trained.
     """
-    with StopSignals() as stop:
-        run = set_up(config, console)
+    with StopSignals() as stop, join(config, stop) as ranks:
+        run = set_up(config, console, ranks)
         try:
             return loop(run, stop)
+        except Exception as error:
+            if is_out_of_memory(error):
+                memory = reachable_memory_bytes(ranks.device)
+                raise explain(run.config, memory, ranks.device.type, ranks.world_size) from error
+            raise
         finally:
-            run.lock.release()
+            run.close()
 
 
 def loop(run: Run, stop: StopSignals) -> Path:
     """One step after another, in the order in which things happen."""
-    config, first, steps = run.config, run.step, run.config.steps
-    for step in range(first, steps + 1):
-        run.step, last = step, step == steps
-        row: dict[str, Any] = {"step": step, "tokens": step * config.batch_tokens}
-        if step > first:
-            row |= train_step(run)
+    config, ranks, steps = run.config, run.ranks, run.config.steps
+    if run.step == 0:
+        record(run, {"step": 0, "tokens": 0} | validate(run))
+    first, last = run.step, run.step == steps
+    stopping = ranks.any(stop.received is not None)
+    while not (last or stopping):
+        run.step, last = run.step + 1, run.step + 1 == steps
+        row = train_step(run)
+        if row.get("spike") and config.on_spike == "rollback" and roll_back(run, row):
+            last = False
+            continue
 
-        # once in a while: how well does it do on text it does not learn from? (also before the first step)
-        if (step > first and (last or due(step, config.validate_every))) or step == 0:
+        # once in a while: how well does it do on text it does not learn from?
+        if last or due(run.step, config.validate_every):
             row |= validate(run)
-        if step > first or step == 0:
-            run.metrics.append(row)
-            report(run, row)
+        record(run, row)
+        run.health.refuse_too_many_skips(config.skip_limit, f"{run.folder}, step {run.step}")
 
         # once in a while: what does it write?
-        if step > first and (last or due(step, config.sample_every)):
+        if last or due(run.step, config.sample_every):
             sample(run)
 
+        # once in a while: are the copies of the model still the same?
+        if due(run.step, config.system.compare_every):
+            compare_replicas(run)
+
         # once in a while: nothing that was learned so far can be lost
-        if step > first and (last or stop.received or due(step, config.checkpoint_every)):
-            save(run)
-        if stop.received and not last:
-            raise Interrupted(
-                f"stopped by {stop.received}",
-                where=str(run.folder),
-                cause=f"{step} of {steps} steps are done and saved" if step else "nothing was trained yet",
-                fix="give the same command again: it goes on from there",
-            )
+        ranks.at(run.step, "agree")
+        stopping = ranks.any(stop.received is not None)
+        if last or stopping or due(run.step, config.checkpoint_every):
+            save(run, row, wait=last or stopping)
+    if not last:
+        done = f"{run.step} of {steps} steps are done and saved" if run.step else "nothing was trained yet"
+        raise Interrupted(
+            f"stopped by {stop.received or 'a signal to another process'}",
+            where=str(run.folder),
+            cause=done,
+            fix="give the same command again: it goes on from there",
+        )
     run.console.say(f"complete: {steps} steps in {run.folder}" + (", nothing left to do" if first == steps else ""))
     return run.folder
 
@@ -81,81 +105,166 @@ def due(step: int, every: int) -> bool:
 
 
 def train_step(run: Run) -> dict[str, Any]:
-    """Optimizer step number ``run.step``, from 1: gradients summed over the micro-batches, clipped, applied."""
-    config, started = run.config, time.perf_counter()
-    loss = torch.zeros((), device=run.device)
-    routings: list[Routing] = []
-    for micro_step in range(run.batches.micro_steps):
-        token_ids, targets = (ids.to(run.device, non_blocking=True) for ids in run.batches(run.step - 1, micro_step))
-        torch.manual_seed(derive(config.seed, "dropout", run.step, micro_step))
-        # A sum over tokens, divided by the tokens of the whole step: however the step is split, the loss is the same.
+    """Optimizer step number ``run.step``, from 1: gradients summed over all passes of all processes, clipped, applied."""
+    config, ranks, batches, strategy = run.config, run.ranks, run.batches, run.strategy
+    started, index = time.perf_counter(), run.step - 1 + run.shift
+    figures = Figures(batches.passes, config.model, ranks.device)
+    for micro_step in range(batches.micro_steps):
+        ranks.at(run.step, f"text of pass {micro_step}")
+        number = batches.number(micro_step)
+        token_ids, targets = (ids.to(ranks.device, non_blocking=True) for ids in batches(index, micro_step))
+        ranks.at(run.step, f"pass {micro_step}")
+        torch.manual_seed(derive(config.seed, "dropout", index + 1, number))
         routing = Routing() if config.model.num_experts > 1 else None
-        micro_loss = run.training_model(token_ids, targets, routing=routing).sum() / config.batch_tokens
-        loss += micro_loss.detach()
-        if (
-            routing is not None
-        ):  # what keeps the routers even is minimised too, but is no part of the loss that is reported
-            balance = config.optim.balance_weight * routing.balance_loss + config.optim.z_weight * routing.z_loss
-            micro_loss = micro_loss + balance / run.batches.micro_steps
-            routings.append(routing)
-        run.accelerator.backward(micro_loss)
-    grad_norm = run.accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip or math.inf)
-    rate = learning_rate(run.step, config.steps, config.optim)
-    row = {"loss": loss.item(), "learning_rate": rate, "grad_norm": grad_norm.item()} | report_routing(routings)
-    refuse_bad_numbers(run, row)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+        with strategy.one_pass(last=micro_step == batches.micro_steps - 1):
+            losses = strategy.module(token_ids, targets, routing=routing)
+            # A sum over tokens, divided by the tokens of the whole step: however the step is split, the loss is the same.
+            loss = losses.sum() / config.batch_tokens
+            scored = number < batches.passes
+            if routing is not None:  # what keeps the routers even is minimised too, but is no part of the loss reported
+                balance = config.optim.balance_weight * routing.balance_loss + config.optim.z_weight * routing.z_loss
+                loss = loss + balance * (scored / batches.passes)
+                routing.closed = True
+            if scored:
+                figures.note(number, losses, routing)
+            strategy.backward(loss)
+    ranks.at(run.step, "gradients")
+    grad_norm = strategy.grad_norm().item()
+    row = figures.row(ranks, config.batch_tokens) | {
+        "learning_rate": learning_rate(run.step, config.steps, config.optim),
+        # An overflow of fp16 is usual, and JSON has no Infinity.
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+    }
+    ranks.at(run.step, "update")
+    if is_bad(row["loss"], grad_norm, scaled=run.accelerator.scaler is not None):
+        strategy.skip()
+        row |= keep_bad_batch(run, figures, f"loss {row['loss']}, gradient norm {grad_norm}", index)
+    else:
+        strategy.step(row["learning_rate"], grad_norm)
+        row |= {"spike": score} if (score := run.health.spike(row["loss"])) else {}
+    row |= {"shift": run.shift} if run.shift else {}
     seconds = time.perf_counter() - started
     run.elapsed_seconds += seconds
-    return row | {"tokens_per_second": config.batch_tokens / seconds, "elapsed_seconds": run.elapsed_seconds}
-
-
-def report_routing(routings: list[Routing]) -> dict[str, Any]:
-    """What the routers did in a step: both losses as means, and the tokens of each expert, layer by layer; {} without any."""
-    if not routings:
-        return {}
-    counts = sum(torch.stack(routing.counts) for routing in routings)
     return {
-        "balance_loss": torch.stack([routing.balance_loss for routing in routings]).mean().item(),
-        "router_z_loss": torch.stack([routing.z_loss for routing in routings]).mean().item(),
-        "expert_counts": cast(torch.Tensor, counts).tolist(),
-    }
+        "step": run.step, "tokens": run.step * config.batch_tokens, **row,
+        "tokens_per_second": config.batch_tokens / seconds, "elapsed_seconds": run.elapsed_seconds,
+    }  # fmt: skip
 
 
-def refuse_bad_numbers(run: Run, row: dict[str, Any]) -> None:
-    """Stop before an update that would spoil the weights. In fp16 an overflow is usual: the scaler skips it."""
-    if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or run.accelerator.scaler is not None):
-        return
-    raise NumbersError(
-        "numbers went bad",
-        where=f"{run.folder}, step {run.step}",
-        cause=f"loss {row['loss']}, gradient norm {row['grad_norm']}; the checkpoints before it are untouched",
-        fix="lower optim.learning_rate, lengthen optim.warmup_steps, or use --system.precision=fp32",
+class Figures:
+    """What a step is reported with: a row for each of its passes, filled by one process, so that their sum is exact."""
+
+    def __init__(self, passes: int, model: GPT2Config, device: torch.device) -> None:
+        self._layers, self._experts = model.num_layers, model.num_experts if model.num_experts > 1 else 0
+        width = 3 + self._layers * self._experts
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        self._table = torch.zeros(passes, width, dtype=dtype, device=device)
+
+    def note(self, number: int, losses: Tensor, routing: Routing | None) -> None:
+        """A pass: the sum of its losses, and what its routers did."""
+        self._table[number, 0] = losses.detach().to(self._table.dtype).sum()
+        if routing is not None:
+            self._table[number, 1], self._table[number, 2] = routing.balance_loss.detach(), routing.z_loss.detach()
+            self._table[number, 3:] = torch.cat(routing.counts)
+
+    def row(self, ranks: Ranks, tokens: int) -> dict[str, Any]:
+        """The step's loss; with experts also both router losses as means, and the tokens of each expert, layer by layer."""
+        self._table = ranks.sum(self._table).cpu()
+        row: dict[str, Any] = {"loss": self._table[:, 0].sum().item() / tokens}
+        if self._experts:
+            balance, z = self._table[:, 1:3].mean(dim=0).tolist()
+            counts = self._table[:, 3:].sum(dim=0).long().view(self._layers, self._experts)
+            row |= {"balance_loss": balance, "router_z_loss": z, "expert_counts": counts.tolist()}
+        return row
+
+    @property
+    def losses(self) -> list[float]:
+        """The sum of the losses of each pass, once the row is made."""
+        return [float(loss) for loss in self._table[:, 0].tolist()]
+
+
+def keep_bad_batch(run: Run, figures: Figures, what: str, index: int) -> dict[str, Any]:
+    """Write down what a step that is not finite was to learn from; return what its row says instead."""
+    if run.ranks.main:
+        about = {"step": run.step, "processes": run.ranks.world_size, "reason": what}
+        run.bad_batches.append(describe_batch(run.batches, run.tokenizer, index, figures.losses, about))
+        run.console.say(f"step {run.step} skipped: {what}; its text is in {run.bad_batches.path}")
+    return {"loss": None, "grad_norm": None, "skipped": what}  # JSON has no NaN
+
+
+def roll_back(run: Run, row: dict[str, Any]) -> bool:
+    """Go back to the last checkpoint and leave out the text since then; False where there is none, or it did not help."""
+    run.ranks.at(run.step, "rollback")
+    if run.ranks.main:
+        run.writer.wait()
+        found, _ = checkpoint.latest(run.folder)
+    else:
+        found = None
+    back = json.loads(
+        run.ranks.from_main(json.dumps(found.state if found else None), f"rollback/{run.step}/{run.shift}")
     )
+    if back is None or run.rollbacks[back["step"]] >= MOST_ROLLBACKS:
+        return False
+    spiked, run.rollbacks[back["step"]] = run.step, run.rollbacks[back["step"]] + 1
+    run.shift += spiked - back["step"]
+    restore(run, found, back)
+    if run.ranks.main:
+        run.metrics.cut_after(run.step)
+        run.bad_batches.append(
+            {"step": spiked, "reason": f"spike {row['spike']:.1f}", "loss": row["loss"], "back_to": run.step}
+        )
+    run.health = Health(run.recent_rows())
+    run.console.say(
+        f"step {spiked}: loss {row['loss']:.4f} is a spike; back to step {run.step}, past the text since then"
+    )
+    return True
+
+
+def compare_replicas(run: Run) -> None:
+    """End the run where copies of the model have drifted apart: the memory or arithmetic of one process is broken.
+
+    Raises:
+        NumbersError: they differ.
+    """
+    run.ranks.at(run.step, "compare")
+    if run.ranks.world_size > 1:
+        digests = run.ranks.gather(run.strategy.digest(), f"digest/{run.step}/{run.shift}")
+        refuse_differing_replicas(digests, run.step)
 
 
 def validate(run: Run) -> dict[str, float]:
-    """Loss and perplexity on the held-out text, and the memory that was needed so far."""
-    tokens, num_bytes = shard_tokens(run.data.validation, run.tokenizer, run.config.data.validation_tokens)
-    result = perplexity(run.model, tokens, num_bytes, run.config.seq_len)
+    """Loss and perplexity on the held-out text, and the memory that was needed so far; each process scores a share."""
+    ranks, config = run.ranks, run.config
+    tokens, num_bytes = shard_tokens(run.data.validation, run.tokenizer, config.data.validation_tokens)
+    losses = token_losses(
+        run.model, tokens, config.seq_len, rank=ranks.rank, world_size=ranks.world_size,
+        on_batch=lambda: ranks.at(run.step, "validate"),
+    )  # fmt: skip
+    result = Perplexity.of(ranks.sum(torch.from_numpy(losses)).numpy(), num_bytes)
     return {
         "val_loss": result.loss,
         "val_perplexity": result.perplexity,
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "peak_memory_bytes": peak_memory_bytes(ranks.device),
     }
 
 
 def sample(run: Run) -> None:
-    """What the model writes now, into samples.jsonl."""
+    """What the model writes now, into samples.jsonl; where it lies in shards, all processes write the same."""
+    run.ranks.at(run.step, "sample")
+    if not (run.ranks.main or run.config.system.strategy == "fsdp"):
+        return
     prompt = run.config.sample_prompt
     [written] = generate(run.model, run.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, seed=run.config.seed)
-    run.samples.append({"step": run.step, "prompt": prompt, "text": written.text})
+    if run.ranks.main:
+        run.samples.append({"step": run.step, "prompt": prompt, "text": written.text})
 
 
-def save(run: Run) -> None:
-    """A checkpoint of this step; then the oldest ones are removed."""
+def save(run: Run, row: dict[str, Any], *, wait: bool) -> None:
+    """A checkpoint of this step, written while training goes on unless asked to `wait`; then the oldest are removed."""
+    run.ranks.at(run.step, "save")
+    weights, optimizer = run.strategy.weights(), run.strategy.optimizer_state()
+    if not run.ranks.main:
+        return
     run.metrics.sync()
     scaler = run.accelerator.scaler
     state = {
@@ -164,21 +273,39 @@ def save(run: Run) -> None:
         "elapsed_seconds": run.elapsed_seconds,
         "run_id": run.run_id,
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "val_loss": row.get("val_loss"),
+        "processes": run.ranks.world_size,
+        "strategy": run.config.system.strategy,
+        "skipped": run.health.skipped,
+        "shift": run.shift,
     }
-    folder = checkpoint.step_folder(run.folder, run.step)
-    recipe = portable_recipe(run.config)
-    checkpoint.save(folder, run.model, optimizer=run.optimizer, recipe=recipe, tokenizer=run.tokenizer, state=state)
-    checkpoint.rotate(run.folder, run.config.keep_checkpoints)
+    run.writer.save(
+        run.step, weights, optimizer, recipe=portable_recipe(run.config), tokenizer=run.tokenizer, state=state,
+        file_bytes=run.config.checkpoint_file_bytes, background=run.config.checkpoint_in_background and not wait,
+    )  # fmt: skip
+
+
+def record(run: Run, row: dict[str, Any]) -> None:
+    """A row for programs, and a line for people."""
+    if row["step"]:
+        run.health.note(row)
+    if run.ranks.main:
+        run.metrics.append(row)
+        report(run, row)
 
 
 def report(run: Run, row: dict[str, Any]) -> None:
     """One line for a person: loss, speed, time left; a line that stays for a validation."""
     steps, final = run.config.steps, run.step == run.config.steps
     text = f"step {run.step:{len(str(steps))}}/{steps}"
-    if "loss" in row:
+    if row.get("loss") is not None:
         left = clock(run.elapsed_seconds / run.step * (steps - run.step))
         text += f"  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}"
         text += f"  {row['tokens_per_second']:,.0f} tok/s  {left} left"
+    if "spike" in row:
+        run.console.say(
+            f"step {run.step}: loss {row['loss']:.4f} is a spike, {row['spike']:.1f} deviations above the last ones"
+        )
     if "val_loss" in row:
         memory = size(row["peak_memory_bytes"])
         run.console.say(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gpt2lab.data.batches import Batches, epoch_samples
 from gpt2lab.errors import DataError
+from gpt2lab.model.loss import IGNORE
 from gpt2lab.seeds import derive
 from tests.reference import assert_differ, assert_same
 
@@ -44,6 +45,7 @@ def starts(whole: Batches, count: int) -> list[int]:
         for step in range(count)
         for micro_step in range(whole.micro_steps)
         for rank in ranks
+        if rank.number(micro_step) < rank.passes
         for start in rank(step, micro_step)[0][:, 0].tolist()
     )
     return list(islice(drawn, count))
@@ -77,18 +79,14 @@ def test_targets_are_the_next_tokens() -> None:
 @st.composite
 def splits(draw: st.DrawFn) -> dict[str, int]:
     """A text, a sample, and a way to share a step out over ranks and micro-batches."""
-    micro_batch, micro_steps, world_size = (
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 3)),
-        draw(st.sampled_from([1, 2, 4])),
-    )
+    micro_batch, passes, world_size = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
     seq_len = draw(st.integers(1, 9))
     return {
         "num_tokens": draw(st.integers(seq_len + 1, 30 * seq_len + 1)),
         "seq_len": seq_len,
         "micro_batch": micro_batch,
         "world_size": world_size,
-        "step_samples": micro_batch * micro_steps * world_size,
+        "step_samples": micro_batch * passes,
         "seed": draw(st.integers(0, 2**40)),
     }
 
@@ -123,6 +121,40 @@ def test_the_first_ranks_rows_are_not_the_second_s() -> None:
     assert len(set(rows.values())) == 4
     assert [rows[place] for place in [(0, 0), (1, 0), (0, 1), (1, 1)]] == batches().sample_starts(0, 0)
     assert [rows[place] for place in [(0, 0), (0, 1), (1, 0), (1, 1)]] != batches().sample_starts(0, 0)
+
+
+@given(splits())
+def test_all_ranks_make_equally_many_calls_and_each_pass_is_scored_by_one(split: dict[str, int]) -> None:
+    ranks = [batches(**split, rank=rank) for rank in range(split["world_size"])]
+    whole = ranks[0]
+    assert whole.passes * split["micro_batch"] == split["step_samples"]
+    assert len({rank.micro_steps for rank in ranks}) == 1
+    assert whole.passes <= whole.micro_steps * len(ranks) < whole.passes + len(ranks)
+    numbers = [rank.number(micro_step) for micro_step in range(whole.micro_steps) for rank in ranks]
+    assert numbers == list(range(len(numbers))), "numbers go round the ranks"
+    for step in (0, 5):
+        scored = {}
+        for rank in ranks:
+            for micro_step in range(rank.micro_steps):
+                token_ids, targets = rank(step, micro_step)
+                assert_same(token_ids[:, 0], torch.tensor(rank.sample_starts(step, micro_step)), within=0)
+                if rank.number(micro_step) < rank.passes:
+                    scored[rank.number(micro_step)] = token_ids[:, 0].tolist()
+                    assert_same(targets, token_ids + 1, within=0)
+                else:
+                    assert (targets == IGNORE).all() and (token_ids >= 0).all(), "a pass too many scores nothing"
+        in_order = [start for number in sorted(scored) for start in scored[number]]
+        assert sorted(scored) == list(range(whole.passes))
+        assert in_order == whole.step_starts(step) == batches(**split | {"world_size": 1}).step_starts(step)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_inputs_and_targets_share_no_memory(micro_batch: int) -> None:
+    """A slice of one row is contiguous: writing into the targets once wrote into the inputs."""
+    token_ids, targets = batches(micro_batch=micro_batch)(0, 0)
+    before = token_ids.clone()
+    targets.fill_(IGNORE)
+    assert_same(token_ids, before, within=0)
 
 
 def test_an_epoch_is_shuffled_and_cut_at_its_own_place() -> None:

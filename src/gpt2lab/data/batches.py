@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpt2lab.data.shards import Shards
 from gpt2lab.errors import DataError
+from gpt2lab.model.loss import IGNORE
 from gpt2lab.seeds import derive
 
 
@@ -53,13 +54,27 @@ class Batches:
         return epoch_samples(len(self.shards), self.seq_len)
 
     @property
+    def passes(self) -> int:
+        """Micro-batches in a step, over all ranks."""
+        return self.step_samples // self.micro_batch
+
+    @property
     def micro_steps(self) -> int:
-        """Calls that make up a step on each rank."""
-        return self.step_samples // (self.micro_batch * self.world_size)
+        """Calls that make up a step on each rank; where passes cannot be shared evenly, some of the last score nothing."""
+        return -(-self.passes // self.world_size)
+
+    def number(self, micro_step: int) -> int:
+        """Which of the step's micro-batches a call reads; one that scores nothing has a number beyond them."""
+        return micro_step * self.world_size + self.rank
+
+    def step_starts(self, step: int) -> list[int]:
+        """Where in the shards the samples of a whole step begin, over all ranks. `step` counts from 0."""
+        first = step * self.step_samples
+        return [self._start(index) for index in range(first, first + self.step_samples)]
 
     def sample_starts(self, step: int, micro_step: int) -> list[int]:
         """Where in the shards the samples of one call begin. `step` counts from 0."""
-        first = step * self.step_samples + (micro_step * self.world_size + self.rank) * self.micro_batch
+        first = step * self.step_samples + self.number(micro_step) % self.passes * self.micro_batch
         return [self._start(index) for index in range(first, first + self.micro_batch)]
 
     def __call__(self, step: int, micro_step: int) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
@@ -68,7 +83,10 @@ class Batches:
             [self.shards.read(start, self.seq_len + 1) for start in self.sample_starts(step, micro_step)]
         )
         samples_tensor = torch.from_numpy(samples)
-        return samples_tensor[:, :-1].contiguous(), samples_tensor[:, 1:].contiguous()
+        token_ids, targets = samples_tensor[:, :-1].clone(), samples_tensor[:, 1:].clone()
+        if self.number(micro_step) >= self.passes:  # all ranks call equally often, so that none waits for another
+            targets.fill_(IGNORE)
+        return token_ids, targets
 
     def _start(self, index: int) -> int:
         epoch, place = divmod(index, self.epoch_samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,9 +29,17 @@ def windows(num_tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, i
             return
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would spoil the weights that FSDP gathers here for the next training pass
 def token_losses(
-    model: GPT2, token_ids: np.ndarray, seq_len: int, stride: int | None = None, *, batch_size: int | None = None
+    model: GPT2,
+    token_ids: np.ndarray,
+    seq_len: int,
+    stride: int | None = None,
+    *,
+    batch_size: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """The loss in nats of each token but the first, in order: ``len(token_ids) - 1`` numbers in float64.
 
@@ -39,15 +47,19 @@ def token_losses(
         seq_len: tokens in a window.
         stride: tokens from window to window; None: seq_len, the cheapest; 1: the most context for every token.
         batch_size: windows in a forward pass; None: what keeps the logits small.
+        rank, world_size: score this rank's share of the passes alone, and give 0 elsewhere: the shares add up to the whole.
+        on_batch: called before each pass; all ranks make equally many, since a sharded model needs all of them for one.
     """
     stride = stride or seq_len
     batch_size = batch_size or max(1, _LOGIT_NUMBERS // (seq_len * model.vocab_size))
     cuts = list(windows(len(token_ids), seq_len, stride))
-    losses = np.empty(max(0, len(token_ids) - 1))
+    losses = np.zeros(max(0, len(token_ids) - 1))
     was_training = model.training
     model.eval()
-    for first in range(0, len(cuts), batch_size):
-        group = cuts[first : first + batch_size]
+    groups = [cuts[first : first + batch_size] for first in range(0, len(cuts), batch_size)]
+    for place in range(rank, -(-len(groups) // world_size) * world_size, world_size):
+        group, mine = groups[min(place, len(groups) - 1)], place < len(groups)
+        on_batch()
         longest = max(length for _, length, _ in group)
         inputs = np.zeros((len(group), longest), np.int64)
         targets = np.full((len(group), longest), IGNORE, np.int64)
@@ -55,7 +67,7 @@ def token_losses(
             inputs[row, :length] = token_ids[start : start + length]
             targets[row, done:length] = token_ids[start + done + 1 : start + length + 1]
         result = model(torch.from_numpy(inputs).to(model.device), torch.from_numpy(targets).to(model.device))
-        for row, (start, length, done) in enumerate(group):
+        for row, (start, length, done) in enumerate(group if mine else []):
             losses[start + done : start + length] = result[row, done:length].double().cpu().numpy()
     model.train(was_training)
     return losses

@@ -21,6 +21,7 @@ class Routing:
         counts: tokens that each expert of a layer was given; (expert).
         balance_losses: of each layer, experts * sum over experts of (share of the tokens * mean probability): 1 where both
             are even, up to the number of experts where one gets all (Fedus et al. 2021, arXiv:2101.03961).
+        closed: set after the forward pass: nothing is noted any more.
         z_losses: of each layer, the mean over tokens of logsumexp(router logits) squared (Zoph et al. 2022, 2202.08906).
     """
 
@@ -28,13 +29,19 @@ class Routing:
         self.counts: list[Int[Tensor, " expert"]] = []
         self.balance_losses: list[Float[Tensor, ""]] = []
         self.z_losses: list[Float[Tensor, ""]] = []
+        self.closed = False
 
     def append(self, logits: Float[Tensor, "token expert"], counts: Int[Tensor, " expert"]) -> None:
         """Note one layer's router logits, and how many tokens each expert got."""
         share = counts.to(logits.dtype) / counts.sum()
-        self.counts.append(counts)
-        self.balance_losses.append(len(counts) * (share * logits.softmax(-1).mean(0)).sum())
-        self.z_losses.append(logits.logsumexp(-1).square().mean())
+        balance_loss = len(counts) * (share * logits.softmax(-1).mean(0)).sum()
+        z_loss = logits.logsumexp(-1).square().mean()
+        if (
+            not self.closed
+        ):  # a block that is computed again in the backward pass must do the same, but is known already
+            self.counts.append(counts)
+            self.balance_losses.append(balance_loss)
+            self.z_losses.append(z_loss)
 
     @property
     def balance_loss(self) -> Float[Tensor, ""]:

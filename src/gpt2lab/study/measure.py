@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpt2lab.distributed import alone
 from gpt2lab.evaluate.perplexity import shard_tokens, unigram_perplexity
 from gpt2lab.evaluate.scoring import losses_by_position
 from gpt2lab.generation import generate
@@ -56,7 +57,7 @@ class Measured:
 def measure(rows: list[Row], prompt: str, console: Console) -> tuple[list[Measured], float]:
     """Measure trained rows; also the perplexity of a unigram model on the same held-out text."""
     quiet = Console(quiet=True)
-    runs = [set_up(row.config, quiet) for row in rows]
+    runs = [set_up(row.config, quiet, alone(row.config)) for row in rows]
     tokens, _ = shard_tokens(runs[0].data.validation, runs[0].tokenizer, runs[0].config.data.validation_tokens)
     unigram = unigram_perplexity(runs[0].data.train, tokens, runs[0].tokenizer.vocab_size)
     measured = []
