@@ -257,7 +257,7 @@ def count_reductions(run: Run, stop: StopSignals) -> int:
         return allreduce_hook(group, bucket)
 
     run.strategy.module.register_comm_hook(dist.group.WORLD, hook)
-    loop(run, stop, until=3)
+    loop(run, stop)
     return len(buckets)
 
 
@@ -265,7 +265,7 @@ def test_gradients_meet_once_a_step_however_many_passes_it_has(place: Path, monk
     number = itertools.count()
 
     def reductions(micro_batch: int) -> int:
-        work = with_run(count_reductions, micro_batch=micro_batch, out=f"run-{next(number)}")
+        work = with_run(count_reductions, steps=3, micro_batch=micro_batch, out=f"run-{next(number)}")
         with Forked(2, work, place) as ranks:
             counts = ranks.results()
         assert counts[0] == counts[1]

@@ -273,6 +273,8 @@ class RunConfig:
             problems.append(
                 f"micro_batch {self.micro_batch} does not divide the {self.batch_tokens // seq_len} sequences of a step"
             )
+        if self.system.strategy == "single" and (self.system.num_processes or 1) > 1:
+            problems.append(f"system.num_processes {self.system.num_processes} is too many for system.strategy single")
         if self.steps and self.epochs:
             problems.append(f"steps {self.steps} and epochs {self.epochs} are both given; one decides the other")
         floor, peak = self.optim.min_learning_rate, self.optim.learning_rate

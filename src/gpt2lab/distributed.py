@@ -154,8 +154,11 @@ def join(config: RunConfig, stop: StopSignals) -> Iterator[Ranks]:
         ConfigError: they were not started as the settings say. ProcessError: they do not meet, or one died or hangs.
     """
     system = config.system
-    check_launch(system)
     rank, world, local_rank, _ = place()
+    try:
+        check_launch(system)
+    except ConfigError as error:
+        raise error if local_rank == 0 else SaidElsewhere(error.exit_code) from None
     device = choose_device(system.device)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
@@ -187,16 +190,16 @@ def check_launch(config: SystemConfig) -> None:
     Raises:
         ConfigError: too many for the strategy, or another number than the settings say.
     """
-    _, world, local_rank, local = place()
-    if config.num_processes not in (None, local) and world > 1:
-        cause = f"{config.num_processes}, but the launcher started {local} on this machine"
+    _, world, _, local = place()
+    if config.num_processes not in (None, local):
+        cause = f"{config.num_processes}, but {local} were started on this machine"
         raise ConfigError("processes miscounted", where="system.num_processes", cause=cause, fix="leave it out")
     if config.strategy == "single" and world > 1:
         cause = f"single, but {world} processes were started"
         raise ConfigError(
             "too many processes", where="system.strategy", cause=cause, fix="--system.strategy=ddp or fsdp"
         )
-    if choose_device(config.device).type == "cuda" and local_rank >= torch.cuda.device_count():
+    if choose_device(config.device).type == "cuda" and local > torch.cuda.device_count():
         cause = f"{local} processes, but {torch.cuda.device_count()} GPUs on this machine"
         fix = "start one a GPU, or --system.device=cpu"
         raise ConfigError("too few GPUs", where="system.num_processes", cause=cause, fix=fix)

@@ -27,7 +27,7 @@ WORTH_ANOTHER_TRY = (ProcessError.exit_code, 70)
 
 def must_launch(config: RunConfig) -> bool:
     """Whether this process has to start others: the settings ask for several, and no launcher made it one of them."""
-    return (config.system.num_processes or 1) > 1 and place()[1] == 1
+    return (config.system.num_processes or 1) > 1 and "RANK" not in os.environ
 
 
 def speaks() -> bool:

@@ -86,14 +86,15 @@ def replay(folder: Path, step: int, config: RunConfig, console: Console) -> Repl
         copy = Path(place) / folder.name
         if ranks.main:
             _copy_before(folder, step, copy)
-        run = set_up(replace(config, out=str(copy)), console, ranks)
+        run = set_up(replace(config, out=str(copy)), Console(quiet=True), ranks)
         after, row = run.step, {}
         while run.step < step:
             run.step += 1
             run.shift = logged[run.step].get("shift", run.shift)
             row = train_step(run)
             run.health.note(row)
-            run.console.progress(f"replaying step {run.step} of {step}", final=run.step == step)
+            if ranks.main:
+                console.progress(f"replaying step {run.step} of {step}", final=run.step == step)
         batch = describe_batch(run.batches, run.tokenizer, step - 1 + run.shift, [], {})
         run.close()
     then, now = ({key: value for key, value in r.items() if key not in MEASURED} for r in (logged[step], row))

@@ -54,9 +54,9 @@ def train(config: RunConfig, console: Console) -> Path:
             run.close()
 
 
-def loop(run: Run, stop: StopSignals) -> Path:
-    """One step after another, in the order in which things happen."""
-    config, ranks, steps = run.config, run.ranks, run.config.steps
+def loop(run: Run, stop: StopSignals, until: int | None = None) -> Path:
+    """One step after another, in the order in which things happen, to the last or only to step `until`."""
+    config, ranks, steps = run.config, run.ranks, until or run.config.steps
     if run.step == 0:
         record(run, {"step": 0, "tokens": 0} | validate(run))
     first, last = run.step, run.step == steps
