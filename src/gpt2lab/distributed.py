@@ -171,6 +171,7 @@ def join(config: RunConfig, stop: StopSignals) -> Iterator[Ranks]:
         with watch:
             refuse_differences(ranks, config)
             yield ranks
+            watch.refuse_to_outlive()
             if world > 1:
                 dist.barrier()  # else the first to end looks as if it had died
     except Exception as error:

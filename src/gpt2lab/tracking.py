@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -24,9 +25,11 @@ class JsonLines:
     def append(self, row: dict[str, Any]) -> None:
         """Add one row; it is with the operating system when this returns, or waits until the disk has room again.
 
-        Training does not end for a row: it is written with the next one, or with the next checkpoint.
+        Training does not end for a row: it is written with the next one, or with the next checkpoint. A number that is
+        not finite becomes null, since JSON has none.
         """
-        self._waiting += json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._waiting += json.dumps(finite, ensure_ascii=False) + "\n"
         with suppress(OSError):
             self._write()
 

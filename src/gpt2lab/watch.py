@@ -110,6 +110,16 @@ class Watch:
             return None
         return None if first["rank"] == self.rank else self._follow(first)
 
+    def refuse_to_outlive(self) -> None:
+        """End here, too, where a process was named for a failure and went on: one that was stopped is woken for its stacks.
+
+        Raises:
+            SaidElsewhere: it was.
+        """
+        if (note := self._failure()) is not None:
+            time.sleep(2)  # whoever named it is still reading its stacks
+            raise SaidElsewhere(int(note["exit_code"]))
+
     def _follow(self, first: dict[str, Any]) -> SaidElsewhere:
         """The end of this process after that of another; on another machine nobody has read its line yet."""
         if first["host"] != socket.gethostname() and self.local_rank == 0:
