@@ -247,8 +247,11 @@ class Watch:
     def _gather_stacks(self, beats: list[tuple[int, dict[str, Any] | None]]) -> Path:
         """Where every thread of every process of this machine is, in one file; a stopped process is woken for it."""
         here = [(rank, beat) for rank, beat in beats if beat and _is_here(beat)]
-        for _, beat in here:
+        faulthandler.dump_traceback(self._stacks, all_threads=True)  # of this process, with its other threads held
+        for rank, beat in here:
             with suppress(ProcessLookupError, PermissionError):
+                if rank == self.rank:
+                    continue
                 os.kill(beat["pid"], signal.SIGUSR1)
                 os.kill(beat["pid"], signal.SIGCONT)
         time.sleep(0.5)
