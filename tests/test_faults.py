@@ -403,18 +403,15 @@ def test_a_process_that_hangs_is_named_with_its_stacks(act: Callable[[], None], 
     words, began = ["train", *flags(APART | {"system.timeout_seconds": 4})], time.monotonic()
     with fork_command(2, words, place, in_a_pass(1, act)) as ranks:
         codes = ranks.wait(40) if act is not sleep_with_everything_locked else [ranks.wait_for(0, 40)]
-        # Dumping the stacks of threads that run again may crash a process that is woken for it; it was to end anyway.
-        assert codes[0] == 6 and set(codes) <= {6, -signal.SIGSEGV}, ranks.everything_said
+        assert set(codes) == {6}, ranks.everything_said
         [line] = [line for line in ranks.everything_said.splitlines() if line.startswith("gpt2lab: ")]
     assert time.monotonic() - began < 30
     assert f"a process hangs (rank 1 of 2, process {ranks.pids[1]} on " in line
     assert "step 6, " in line or act is not loop_for_ever  # one that is stopped is where its last sign was
     assert "for 4 seconds" in line and "stacks.txt" in line and "rank 0" not in line
     stacks = (place / "run" / "stacks.txt").read_text()
-    if act is stop_oneself:  # woken, it may be gone before its stacks are read
-        return
     assert "=== rank 0 of 2" in stacks and "train_step" in stacks.split("=== rank 1 of 2")[0]
-    if act is not sleep_with_everything_locked and set(codes) == {6}:
+    if act is not sleep_with_everything_locked:
         assert act.__name__ in stacks.split("=== rank 1 of 2")[1]
 
 
