@@ -1,4 +1,4 @@
-"""For all tests: shapes in signatures are checked, hypothesis draws the same cases every time, and data may be absent."""
+"""For all tests: shapes are checked, hypothesis draws the same cases every time, runs have a place, data may be absent."""
 
 import os
 import sys
@@ -66,6 +66,35 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(attention, "_attend_in_blocks", noted)
     return windows
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `text.txt`, and a cache of the module's own; for a whole module: ``usefixtures("workplace")``."""
+    from tests.test_train import sentences
+
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "text.txt").write_text(sentences())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
+        yield folder
+
+
+@pytest.fixture
+def place(workplace: Path, tmp_path: Path) -> Path:
+    """A folder of the test's own with `text.txt`, in which `run` will be."""
+    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def short_samples() -> Iterator[None]:
+    """Samples of five tokens: where the model lies in shards, each token is gathered for."""
+    from gpt2lab import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAMPLE_TOKENS", 5)
+        yield
 
 
 @pytest.fixture(scope="session")

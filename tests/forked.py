@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import pytest
 import torch
 import torch._dynamo  # or else each child imports it, which takes a second
 import torch.distributed as dist
 
 from gpt2lab import cli
+from gpt2lab.data.batches import Batches
 
 NOT_CAUGHT = 99
 """Exit code after an error that the work let through."""
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+
+Before = Callable[[int], None]
+"""What a process does with its rank before its work: it spoils something, or takes notes."""
 
 
 class Forked:
@@ -111,7 +116,7 @@ class Forked:
             os._exit(code)
 
 
-def fork_command(world_size: int, words: list[str], place: Path, before: Callable[[int], None] | None = None) -> Forked:
+def fork_command(world_size: int, words: list[str], place: Path, before: Before | None = None) -> Forked:
     """``gpt2lab WORDS`` in several processes; `before` is called in each with its rank."""
 
     def work(rank: int) -> None:
@@ -122,14 +127,40 @@ def fork_command(world_size: int, words: list[str], place: Path, before: Callabl
     return Forked(world_size, work, place)
 
 
-def none_left(pids: list[int], seconds: float) -> bool:
-    """Whether all these processes are gone after so long."""
+def patch(owner: object, name: str, value: object) -> None:
+    """Replace an attribute, which must be there, for the rest of this process: nothing puts it back."""
+    pytest.MonkeyPatch().setattr(owner, name, value)
+
+
+def in_pass(rank: int, step: int, micro_step: int, act: Callable[[], object]) -> Before:
+    """Let one rank act when it is to read the text of a pass; steps count from 1, passes from 0."""
+
+    def before(this: int) -> None:
+        draw = Batches.__call__
+
+        def drawn(batches: Batches, index: int, number: int) -> Any:
+            if (this, index + 1, number) == (rank, step, micro_step):
+                act()
+            return draw(batches, index, number)
+
+        patch(Batches, "__call__", drawn)
+
+    return before
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Whether something is so within a time."""
     deadline = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) for pid in pids):
+    while not is_so():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(0.01)
     return True
+
+
+def none_left(pids: list[int], seconds: float) -> bool:
+    """Whether all these processes are gone after so long."""
+    return wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), seconds)
 
 
 def _speak_into(path: Path) -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import save as as_safetensors
 from torch import Tensor
 
 from gpt2lab import checkpoint, manifest
+from gpt2lab import tensors as tensors_module
 from gpt2lab.checkpoint import (
     CONFIG,
     MODEL,
@@ -47,6 +48,7 @@ from gpt2lab.manifest import MANIFEST, verify
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.optim import make_optimizer
 from gpt2lab.recipe import load_config
+from gpt2lab.tensors import save_tensors
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.train import train
 from tests.test_train import SETTINGS, Witness, assert_equal, flags, sentences, tree
@@ -184,7 +186,7 @@ def test_the_files_depend_on_the_tensors_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece", [8, 2**24])
 def test_a_file_of_tensors_is_the_library_s(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece)
+    monkeypatch.setattr(tensors_module, "PIECE_BYTES", piece)
     monkeypatch.setattr(manifest, "CACHED_BYTES", 5 * piece)
     path = tmp_path / "x.safetensors"
     tensors = learner()[0].state_dict() | {
@@ -192,7 +194,7 @@ def test_a_file_of_tensors_is_the_library_s(piece: int, tmp_path: Path, monkeypa
         "empty": torch.zeros(0, 4),
         "\u00e9": torch.ones(1),
     }
-    found = checkpoint.save_tensors(path, tensors)
+    found = save_tensors(path, tensors)
     assert path.read_bytes() == as_safetensors(tensors, {"format": "pt"})
     assert (found.size, found.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     mixed = {
@@ -201,7 +203,7 @@ def test_a_file_of_tensors_is_the_library_s(piece: int, tmp_path: Path, monkeypa
         "c": torch.arange(3),
         "d": torch.ones(3),
     }
-    checkpoint.save_tensors(path, mixed)
+    save_tensors(path, mixed)
     assert_equal(parse_safetensors(path.read_bytes()), mixed)
 
 

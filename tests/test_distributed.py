@@ -5,9 +5,7 @@ Each rank is a real process with its own gloo connections (tests/forked.py).
 
 import itertools
 import json
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2lab import checkpoint
-from gpt2lab import train as training
 from gpt2lab.config import ResolvedConfig
 from gpt2lab.data.batches import Batches
 from gpt2lab.distributed import join
@@ -35,8 +32,10 @@ from gpt2lab.system import StopSignals
 from gpt2lab.tracking import Console
 from gpt2lab.train import loop, train_step
 from tests.campaigns import resume
-from tests.forked import Forked, fork_command
-from tests.test_train import SETTINGS, assert_equal, flags, rows, sentences, state, tree
+from tests.forked import Before, Forked, fork_command, in_pass, patch
+from tests.test_train import SETTINGS, assert_equal, flags, rows, state, terminate, tree
+
+pytestmark = pytest.mark.usefixtures("workplace", "short_samples")
 
 STEPS = 50
 BASE: dict[str, Any] = SETTINGS | {
@@ -80,27 +79,6 @@ WAYS = [
 LOSS_WITHIN, NORM_WITHIN = 1e-6, 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The text, and a cache of our own."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "text.txt").write_text(sentences())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        patch.setattr(training, "SAMPLE_TOKENS", 5)  # where the model lies in shards, each token is gathered for
-        yield folder
-
-
-@pytest.fixture
-def place(workplace: Path, tmp_path: Path) -> Path:
-    """A folder with the text, in which `run` will be."""
-    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
-    return tmp_path
-
-
-Before = Callable[[int], None]
-
-
 def go(place: Path, processes: int = 1, strategy: str = "auto", before: Before | None = None, **changes: Any) -> Path:
     """Train in so many processes; return the run folder."""
     values = BASE | {"system.strategy": strategy} | changes
@@ -135,7 +113,7 @@ def largest_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]],
 
 def small_passes(rank: int) -> None:
     """Validation in 13 passes, which neither two nor three processes share evenly."""
-    scoring._LOGIT_NUMBERS = 1 << 9
+    patch(scoring, "_LOGIT_NUMBERS", 1 << 9)
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +146,22 @@ def test_several_processes_learn_what_one_does(
 
 def mean_in_place_of_sum(rank: int) -> None:
     """The usual mistake: DDP's mean over processes, of gradients that should be added."""
-    Replicas.backward = Single.backward  # type: ignore[method-assign]
+    patch(Replicas, "backward", Single.backward)
 
 
 def one_rank_learns_the_others_text(rank: int) -> None:
-    Batches.number = lambda batches, micro_step: micro_step * batches.world_size  # type: ignore[method-assign]
+    patch(Batches, "number", lambda batches, micro_step: micro_step * batches.world_size)
 
 
 def masks_of_the_rank(rank: int) -> None:
     seed = torch.manual_seed
-    torch.manual_seed = lambda number: seed(number + rank)
+    patch(torch, "manual_seed", lambda number: seed(number + rank))
 
 
 @pytest.mark.parametrize(
     "fault", [mean_in_place_of_sum, one_rank_learns_the_others_text, masks_of_the_rank], ids=lambda f: f.__name__
 )
-def test_control_a_fault_in_the_sharing_shows(
-    fault: Callable[[int], None], alone: Callable[[str], Path], place: Path
-) -> None:
+def test_control_a_fault_in_the_sharing_shows(fault: Before, alone: Callable[[str], Path], place: Path) -> None:
     model = "dropout, 4 passes"
     ours = rows(go(place, 2, "ddp", before=fault, **MODELS[model] | {"steps": 5}))
     worst = max(largest_difference(ours, rows(alone(model))[:6], key) for key in ("loss", "grad_norm"))
@@ -300,7 +276,7 @@ def note_samples(rank: int) -> None:
                 )
         return drawn
 
-    Batches.__call__ = noted  # type: ignore[method-assign]
+    patch(Batches, "__call__", noted)
 
 
 def samples(place: Path) -> list[Any]:
@@ -316,19 +292,13 @@ CHAIN: list[Sitting] = [(1, "single", 4), (2, "ddp", 2), (2, "fsdp", 1), (3, "dd
 EXACT_CHAIN: list[Sitting] = [(2, "fsdp", 2), (3, "ddp", 2), (1, "single", 2), (3, "fsdp", 2), (2, "ddp", 2)]
 
 
-def stop_after(step: int) -> Callable[[int], None]:
-    """Make rank 0 get a SIGTERM in a step, which all of them then end."""
+def stop_after(step: int) -> Before:
+    """Note the samples, and make rank 0 get a SIGTERM in a step, which all of them then end."""
+    stop = in_pass(0, step, 0, terminate)
 
     def before(rank: int) -> None:
         note_samples(rank)
-        draw = Batches.__call__
-
-        def last(batches: Batches, index: int, micro_step: int) -> Any:
-            if rank == 0 and index == step - 1 and micro_step == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return draw(batches, index, micro_step)
-
-        Batches.__call__ = last  # type: ignore[method-assign]
+        stop(rank)
 
     return before
 

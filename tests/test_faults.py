@@ -27,9 +27,9 @@ from gpt2lab.strategy import Single
 from gpt2lab.system import StopSignals
 from gpt2lab.tracking import read_rows
 from gpt2lab.train import train
-from tests.forked import fork_command, none_left
+from tests.forked import Before, fork_command, in_pass, none_left, patch, wait_until
 from tests.test_checkpoint import DONE, in_a_child
-from tests.test_train import MEASURED, SETTINGS, Witness, assert_equal, flags, rows, sentences, state
+from tests.test_train import MEASURED, SETTINGS, Witness, assert_equal, flags, rows, state, terminate
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -37,28 +37,19 @@ LONG = SETTINGS | {"steps": STEPS, "data.source": "text.txt", "data.validation_t
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("workplace")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        patch.setenv("PYTHONPATH", str(ROOT / "src"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield folder
+def workplace(workplace: Path) -> Iterator[Path]:
+    """The same one; commands find this source, and sum with one thread."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(ROOT / "src"))
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield workplace
 
 
 @pytest.fixture(scope="module")
 def whole(workplace: Path) -> Path:
     """The run that nothing interrupts."""
-    (workplace / "text.txt").write_text(sentences())
     values = LONG | {"data.source": str(workplace / "text.txt"), "out": str(workplace / "whole")}
     return train(load_config([], flags(values)), Witness().console)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with the text, in which `run` will be."""
-    (tmp_path / "text.txt").write_text(sentences())
-    return tmp_path
 
 
 def command(*words: str, **changes: Any) -> list[str]:
@@ -86,7 +77,10 @@ def finish(place: Path, **changes: Any) -> str:
 
 
 def test_kills_at_random_moments_leave_no_trace(place: Path, whole: Path) -> None:
-    """Saving takes most of each step here, so most kills come while a checkpoint is written."""
+    """Saving takes most of each step here, so most kills come while a checkpoint is written.
+
+    A step is taken, and its row written, while the checkpoint of the one before is: the last whole one may be two behind.
+    """
     moments, survived = random.Random(0), []
     for step in (0, 8, 16, 24, 32, 40):
         process = start(place, checkpoint_every=1)
@@ -99,7 +93,7 @@ def test_kills_at_random_moments_leave_no_trace(place: Path, whole: Path) -> Non
         kept = [{key: value for key, value in row.items() if key not in MEASURED} for row in written]
         assert kept == rows(whole)[: len(kept)] and len(kept) > step
         newest, troubles = checkpoint.latest(place / "run")
-        assert not troubles and (newest.state["step"] if newest else 0) >= len(kept) - 2
+        assert not troubles and (newest.state["step"] if newest else 0) >= len(kept) - 1 - 2
         survived.append(len(kept) - 1)
     print(f"killed after steps {survived}")
     assert finish(place, checkpoint_every=1).count("going on after step") == 1
@@ -185,21 +179,12 @@ def test_a_second_process_on_the_same_folder_is_refused(place: Path) -> None:
 
 # --- Several processes, with the launcher -----------------------------------------------------------------------------
 
-TOGETHER: dict[str, Any] = {
-    "steps": 120,
-    "validate_every": 0,
-    "sample_every": 0,
-    "checkpoint_every": 1,
-    "system.num_processes": 2,
-}
-
-
-SHARED = LONG | {key: value for key, value in TOGETHER.items() if key != "system.num_processes"}
+SHARED: dict[str, Any] = LONG | {"steps": 120, "validate_every": 0, "sample_every": 0, "checkpoint_every": 1}
 
 
 def launch(place: Path, **changes: Any) -> subprocess.Popen[str]:
     """`gpt2lab train` on two processes, in a process group of its own."""
-    words = command(**TOGETHER | changes)
+    words = command(**SHARED | {"system.num_processes": 2} | changes)
     return subprocess.Popen(words, cwd=place, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -225,12 +210,9 @@ def none_outlives(launcher: subprocess.Popen[str]) -> Iterator[list[psutil.Proce
 @pytest.fixture(scope="module")
 def shared(workplace: Path) -> Path:
     """The run of two processes that nothing interrupts."""
-    folder = workplace / "shared"
-    folder.mkdir()
-    (folder / "text.txt").write_text(sentences())
-    with fork_command(2, ["train", *flags(SHARED)], folder) as ranks:
+    with fork_command(2, ["train", *flags(SHARED | {"out": "shared"})], workplace) as ranks:
         assert ranks.wait() == [0, 0], ranks.everything_said
-    return folder / "run"
+    return workplace / "shared"
 
 
 def test_the_launcher_starts_what_was_killed_again(place: Path, shared: Path) -> None:
@@ -313,27 +295,16 @@ APART: dict[str, Any] = LONG | {
 """Two passes a step in each of two processes."""
 
 
-def in_a_pass(rank: int, act: Callable[[], None]) -> Callable[[int], None]:
-    """Let one rank act while it reads the text of its second pass of step 6."""
-
-    def before(this: int) -> None:
-        draw = Batches.__call__
-
-        def drawn(batches: Batches, step: int, micro_step: int) -> Any:
-            if this == rank and step == 5 and micro_step == batches.micro_steps - 1:
-                act()
-            return draw(batches, step, micro_step)
-
-        Batches.__call__ = drawn  # type: ignore[method-assign]
-
-    return before
+def in_last_pass(rank: int, act: Callable[[], None]) -> Before:
+    """Let one rank act in its last pass of step 6."""
+    return in_pass(rank, 6, 1, act)
 
 
 def fail() -> None:
     raise RuntimeError("broken on purpose")
 
 
-def fail_in(phase: str) -> Callable[[int], None]:
+def fail_in(phase: str) -> Before:
     """Let rank 1 (rank 0 where only that has work) fail in a phase of a step after the first."""
 
     def before(rank: int) -> None:
@@ -351,7 +322,7 @@ def fail_in(phase: str) -> Callable[[int], None]:
             return
         match phase:
             case "data":
-                Batches.__call__ = later(5, Batches.__call__)  # type: ignore[method-assign]
+                patch(Batches, "__call__", later(5, Batches.__call__))
             case "forward":
                 hook = later(100, lambda *_: None)
                 nn.modules.module.register_module_forward_hook(lambda module, *_: (module.training and hook()) or None)
@@ -363,13 +334,13 @@ def fail_in(phase: str) -> Callable[[int], None]:
                     )
                 )
             case "update":
-                Single.step = later(5, Single.step)  # type: ignore[method-assign]
+                patch(Single, "step", later(5, Single.step))
             case "save":
-                Single.weights = later(0, Single.weights)  # type: ignore[method-assign]
+                patch(Single, "weights", later(0, Single.weights))
             case "write":
-                checkpoint.save = later(0, checkpoint.save)
+                patch(checkpoint, "save", later(0, checkpoint.save))
             case "validate":
-                training.validate = later(1, training.validate)
+                patch(training, "validate", later(1, training.validate))
 
     return before
 
@@ -401,7 +372,7 @@ def sleep_with_everything_locked() -> None:
 @pytest.mark.parametrize("act", [loop_for_ever, stop_oneself, sleep_with_everything_locked], ids=lambda f: f.__name__)
 def test_a_process_that_hangs_is_named_with_its_stacks(act: Callable[[], None], place: Path) -> None:
     words, began = ["train", *flags(APART | {"system.timeout_seconds": 4})], time.monotonic()
-    with fork_command(2, words, place, in_a_pass(1, act)) as ranks:
+    with fork_command(2, words, place, in_last_pass(1, act)) as ranks:
         codes = ranks.wait(40) if act is not sleep_with_everything_locked else [ranks.wait_for(0, 40)]
         assert set(codes) == {6}, ranks.everything_said
         [line] = [line for line in ranks.everything_said.splitlines() if line.startswith("gpt2lab: ")]
@@ -416,12 +387,9 @@ def test_a_process_that_hangs_is_named_with_its_stacks(act: Callable[[], None], 
 
 
 def test_a_signal_to_one_process_stops_all(place: Path) -> None:
-    def signal_oneself() -> None:
-        signal.raise_signal(signal.SIGTERM)
-
     for rank in (0, 1):
         out = f"run-{rank}"
-        with fork_command(2, ["train", *flags(APART | {"out": out})], place, in_a_pass(rank, signal_oneself)) as ranks:
+        with fork_command(2, ["train", *flags(APART | {"out": out})], place, in_last_pass(rank, terminate)) as ranks:
             assert ranks.wait(30) == [75, 75]
             assert ranks.everything_said.count("gpt2lab: stopped by ") == 1
             assert "6 of 12 steps are done and saved" in ranks.everything_said
@@ -434,7 +402,7 @@ def test_a_second_signal_ends_it_at_once_and_the_others_follow(place: Path) -> N
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
 
-    with fork_command(2, ["train", *flags(APART)], place, in_a_pass(1, twice)) as ranks:
+    with fork_command(2, ["train", *flags(APART)], place, in_last_pass(1, twice)) as ranks:
         assert ranks.wait(30) == [6, -signal.SIGTERM]
     newest, troubles = checkpoint.latest(place / "run")
     assert newest is not None and newest.state["step"] == 4 and not troubles
@@ -442,15 +410,12 @@ def test_a_second_signal_ends_it_at_once_and_the_others_follow(place: Path) -> N
 
 def test_a_second_group_on_the_same_folder_is_refused_and_the_first_goes_on(place: Path) -> None:
     def wait_for_the_second() -> None:
-        deadline = time.monotonic() + 30
-        while not (place / "refused").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert wait_until((place / "refused").exists, 30)
 
     (elsewhere := place / "elsewhere").mkdir()
     words = ["train", *flags(APART | {"out": str(place / "run")})]
-    with fork_command(2, words, place, in_a_pass(0, wait_for_the_second)) as first:
-        while not (place / "run" / "metrics.jsonl").exists():
-            time.sleep(0.01)
+    with fork_command(2, words, place, in_last_pass(0, wait_for_the_second)) as first:
+        assert wait_until((place / "run" / "metrics.jsonl").exists, 30), first.everything_said
         (elsewhere / "text.txt").symlink_to(place / "text.txt")
         with fork_command(2, words, elsewhere) as second:
             assert second.wait(30) == [2, 2]

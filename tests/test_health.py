@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,30 +21,14 @@ from gpt2lab.errors import NumbersError
 from gpt2lab.health import FEWEST_LOSSES, SKIPS_WITHIN, Health, is_bad, refuse_differing_replicas
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.run import Run
-from tests.forked import fork_command
-from tests.test_distributed import BASE, Before
+from tests.forked import Before, fork_command, patch
+from tests.test_distributed import BASE
 from tests.test_train import flags, rows, sentences
+
+pytestmark = pytest.mark.usefixtures("workplace", "short_samples")
 
 HEALTH: dict[str, Any] = BASE | {"validate_every": 0, "micro_batch": 2, "system.compare_every": 1, "model.dropout": 0}
 """Four passes a step, so that two ranks have two each, and replicas are compared after every step."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The text, and a cache of our own."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "text.txt").write_text(sentences())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        patch.setattr(training, "SAMPLE_TOKENS", 5)
-        yield folder
-
-
-@pytest.fixture
-def place(workplace: Path, tmp_path: Path) -> Path:
-    """A folder with the text, in which `run` will be."""
-    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
-    return tmp_path
 
 
 def go(place: Path, processes: int, strategy: str, before: Before | None = None, code: int = 0, **changes: Any) -> str:
@@ -58,7 +42,7 @@ def go(place: Path, processes: int, strategy: str, before: Before | None = None,
 def in_step(act: Callable[[Run, Callable[[Run], dict[str, Any]]], dict[str, Any]]) -> None:
     """Let `act` do what a training step does; it is given the real step."""
     step = training.train_step
-    training.train_step = lambda run: act(run, step)
+    patch(training, "train_step", lambda run: act(run, step))
 
 
 def strict(path: Path) -> list[dict[str, Any]]:
@@ -81,6 +65,7 @@ def poison(at_rank: int) -> Before:
 
     def before(rank: int) -> None:
         now = {"step": 0, "pass": 0}
+        names: dict[nn.Module, str] = {}
 
         def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
             where = POISONED.get(now["step"])
@@ -92,7 +77,7 @@ def poison(at_rank: int) -> Before:
                 return None
             if whole and where == "gradient":
                 output.register_hook(lambda gradient: gradient * math.nan)
-            elif getattr(module, "its_name", None) == where or (whole and where == "loss"):
+            elif names.get(module) == where or (whole and where == "loss"):
                 mask = torch.zeros_like(output)
                 mask.view(-1)[0] = math.nan
                 return output + mask
@@ -100,8 +85,7 @@ def poison(at_rank: int) -> Before:
 
         def step(run: Run, real: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
             now.update({"step": run.step, "pass": 0})
-            for name, module in run.model.named_modules():
-                module.its_name = name  # type: ignore[assignment]
+            names.update((module, name) for name, module in run.model.named_modules())
             digests = [weights_now(run)]
             row = real(run)
             digests.append(weights_now(run))
@@ -123,9 +107,7 @@ def weights_now(run: Run) -> str:
 
 
 @pytest.mark.parametrize(("processes", "strategy", "at_rank"), [(1, "single", 0), (2, "ddp", 1), (2, "fsdp", 1)])
-def test_a_step_that_is_not_finite_is_skipped_by_all(
-    processes: int, strategy: str, at_rank: int, place: Path, workplace: Path
-) -> None:
+def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, strategy: str, at_rank: int, place: Path) -> None:
     said = go(place, processes, strategy, poison(at_rank), steps=12)
     written = strict(place / "run" / "metrics.jsonl")
     assert [row["step"] for row in written if "skipped" in row] == list(POISONED)
@@ -154,9 +136,10 @@ def test_too_many_skipped_steps_end_it_and_it_can_go_on(place: Path) -> None:
     newest, troubles = checkpoint.latest(place / "run")
     assert newest is not None and newest.state["step"] == 6 and newest.state["skipped"] == [3, 5] and not troubles
     assert all(tensor.isfinite().all() for tensor in newest.weights().values())
+    again = go(place, 2, "ddp", poison(0), code=7, **changes)
+    assert "3 were skipped (3, 5, 7)" in again, "what was skipped before counts after"
     go(place, 2, "ddp", **changes)
     assert [row["step"] for row in rows(place / "run")] == list(range(13))
-    # What was skipped before counts after: one that is poisoned again at step 7 ends at once.
 
 
 def test_skipped_steps_count_within_a_window() -> None:
@@ -217,17 +200,21 @@ def test_the_first_losses_are_never_a_spike() -> None:
 
 
 def test_health_is_a_function_of_the_rows() -> None:
-    rows = [{"step": n, "loss": loss, "skipped": None} for n, loss in enumerate(falling(SKIPS_WITHIN, 0.01), start=1)]
+    losses = enumerate(falling(SKIPS_WITHIN, 0.01), start=1)
+    written = [
+        {"step": n, "loss": loss} if n % 10 else {"step": n, "loss": None, "skipped": "nan"} for n, loss in losses
+    ]
     noted = Health()
-    for row in rows:
+    for row in written:
         noted.note(row)
-    assert vars(Health(rows)) == vars(noted) and Health(rows).spike(9.0) == noted.spike(9.0)
+    assert vars(Health(written)) == vars(noted) and len(noted.skipped) == 10
+    assert Health(written).spike(9.0) == noted.spike(9.0) is not None
 
 
 def burst(rank: int) -> None:
     """A learning rate a hundred times too large, in steps 30 to 34."""
     rate = training.learning_rate
-    training.learning_rate = lambda step, *rest: rate(step, *rest) * (100 if 30 <= step < 35 else 1)
+    patch(training, "learning_rate", lambda step, *rest: rate(step, *rest) * (100 if 30 <= step < 35 else 1))
 
 
 def babble(*indices: int) -> Before:
@@ -245,7 +232,7 @@ def babble(*indices: int) -> Before:
                 )
             return token_ids, targets
 
-        Batches.__call__ = spoilt  # type: ignore[method-assign]
+        patch(Batches, "__call__", spoilt)
 
     return before
 

@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,10 @@ def _hosts() -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def alone(workplace: Path) -> list[dict[str, Any]]:
     """The rows of the same run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "text.txt").write_text(sentences())
-    values = LONG | {"data.source": str(folder / "text.txt"), "out": str(folder / "run")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        yield rows(train(load_config([], flags(values)), Witness().console))
+    values = LONG | {"data.source": str(workplace / "text.txt"), "out": str(workplace / "run")}
+    return rows(train(load_config([], flags(values)), Witness().console))
 
 
 @pytest.fixture

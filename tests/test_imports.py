@@ -13,13 +13,13 @@ PACKAGE = "gpt2lab"
 TIERS = [
     ["cli", "commands", "__main__"],
     ["serve", "study", "bench"],
-    ["train", "replay", "run", "folder", "plan", "memory", "generation", "evaluate"],
+    ["train", "replay", "run", "settle", "folder", "plan", "memory", "generation", "evaluate"],
     [
         *("data", "checkpoint", "writer", "weights", "optim", "system", "tracking", "health"),
-        *("distributed", "watch", "launch", "strategy", "exact"),
+        *("distributed", "rendezvous", "watch", "launch", "strategy", "exact"),
     ],
     ["model"],
-    ["config", "recipe", "tokenizer", "errors", "hub", "manifest", "paths", "seeds", "tensors", "__init__"],
+    ["config", "recipe", "tokenizer", "errors", "hub", "download", "manifest", "paths", "seeds", "tensors", "__init__"],
 ]
 """From the top of the hill down: a module imports from its own tier and those below."""
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import gpt2lab
-from gpt2lab import cli, distributed, train  # train: loaded once, here
+from gpt2lab import cli, rendezvous, train  # train: loaded once, here
 from gpt2lab.errors import ConfigError, ProcessError
-from tests.test_train import SETTINGS, flags, rows, sentences
+from tests.test_train import SETTINGS, flags, rows
 
 DEADLINE_SECONDS = 30
 CONFIG, PROCESS = ConfigError.exit_code, ProcessError.exit_code
@@ -74,7 +74,7 @@ class Forked:
             try:
                 sys.stdout = sys.stderr = self.said.open("a", buffering=1)  # pytest's own are not 1 and 2
                 os.environ.update(environment)
-                distributed.MEET_SECONDS = 2  # in place of 30: they are forks of one process
+                rendezvous.MEET_SECONDS = 2  # in place of 30: they are forks of one process
                 before()
                 code = cli.run(command)
             finally:
@@ -119,13 +119,11 @@ def together(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("rendezvous")
-    (folder / "text.txt").write_text(sentences())
+def place(workplace: Path) -> Iterator[Path]:
+    """One folder for all tests of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
         patch.setenv("TORCH_CPP_LOG_LEVEL", "FATAL")
-        yield folder
+        yield workplace
 
 
 def test_control_two_that_fit_train(place: Path, port: int) -> None:

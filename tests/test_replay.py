@@ -2,18 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpt2lab import checkpoint
-from gpt2lab import train as training
 from tests.forked import fork_command
 from tests.test_distributed import BASE, stop_after
 from tests.test_health import poison
 from tests.test_train import flags, rows, sentences, tree
+
+pytestmark = pytest.mark.usefixtures("workplace", "short_samples")
 
 STEPS = 12
 REPLAY: dict[str, Any] = BASE | {"steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": 1, "validate_every": 3}
@@ -25,17 +25,6 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "experts, exact": (1, {"system.exact": True, "model.num_experts": 4, "model.experts_per_token": 2}),
 }
 """Processes and settings; all have dropout. Only the last checkpoint is kept, so most steps are replayed from the start."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The text, and a cache of our own."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "text.txt").write_text(sentences())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        patch.setattr(training, "SAMPLE_TOKENS", 5)
-        yield folder
 
 
 def train(workplace: Path, name: str) -> Path:
@@ -77,11 +66,10 @@ def test_a_step_is_computed_again_to_the_same_bits(name: str, workplace: Path) -
     assert tree(run) == before
 
 
-def test_it_begins_at_the_newest_whole_checkpoint_before_the_step(workplace: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
-    with fork_command(1, ["train", *flags(REPLAY | {"keep_checkpoints": 9})], tmp_path) as ranks:
+def test_it_begins_at_the_newest_whole_checkpoint_before_the_step(place: Path) -> None:
+    with fork_command(1, ["train", *flags(REPLAY | {"keep_checkpoints": 9})], place) as ranks:
         assert ranks.wait() == [0], ranks.everything_said
-    run = tmp_path / "run"
+    run = place / "run"
     begins = {step: answer(replay(run, step))["after_step"] for step in (5, 6, 10, 11)}
     assert begins == {5: 0, 6: 5, 10: 5, 11: 10}
     (checkpoint.step_folder(run, 10) / "model.safetensors").write_bytes(b"spoilt")
@@ -89,35 +77,33 @@ def test_it_begins_at_the_newest_whole_checkpoint_before_the_step(workplace: Pat
     assert found["after_step"] == 5 and found["same"]
 
 
-def copied(run: Path, place: Path) -> Path:
+@pytest.fixture
+def copied(workplace: Path, place: Path) -> Path:
     """A run folder that may be changed, beside the text."""
-    (place / "text.txt").symlink_to(run.parent / "text.txt")
-    return Path(shutil.copytree(run, place / "run"))
+    return Path(shutil.copytree(train(workplace, "single"), place / "run"))
 
 
 @pytest.mark.parametrize(("key", "by"), [("loss", 1e-15), ("grad_norm", 1e-7), ("learning_rate", 1e-9)])
-def test_a_row_that_does_not_repeat_is_reported(key: str, by: float, workplace: Path, tmp_path: Path) -> None:
+def test_a_row_that_does_not_repeat_is_reported(key: str, by: float, copied: Path) -> None:
     """The smallest changes count: the last bit of a number."""
-    run = copied(train(workplace, "single"), tmp_path)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
     row = json.loads(lines[7])
     true, row[key] = row[key], row[key] + by
     assert row[key] != true
     lines[7] = json.dumps(row)
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    said = replay(run, 7, code=7)
+    (copied / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    said = replay(copied, 7, code=7)
     assert answer(said)["replayed"][key] == true
     [line] = [line for line in said.splitlines() if line.startswith("gpt2lab: ")]
     assert "the step does not repeat" in line and "step 7" in line and "Fix: " in line
-    replay(run, 6), replay(run, 8)
+    replay(copied, 6), replay(copied, 8)
 
 
-def test_other_weights_do_not_repeat(workplace: Path, tmp_path: Path) -> None:
+def test_other_weights_do_not_repeat(copied: Path) -> None:
     """The numbers come from the weights: with those of another seed they are others."""
-    run = copied(train(workplace, "single"), tmp_path)
-    recipe = run / "config.yaml"
+    recipe = copied / "config.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 1337", "seed: 1338"))
-    replay(run, 7, code=7)
+    replay(copied, 7, code=7)
 
 
 @pytest.mark.parametrize("step", [0, -1, STEPS + 1, 10**9])
@@ -134,26 +120,30 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_skipped_step_is_skipped_again(workplace: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
+def test_a_skipped_step_is_skipped_again(place: Path) -> None:
     words = ["train", *flags(REPLAY | {"model.dropout": 0, "micro_batch": 2})]
-    with fork_command(2, words, tmp_path, poison(1)) as ranks:
+    with fork_command(2, words, place, poison(1)) as ranks:
         assert ranks.wait() == [0, 0], ranks.everything_said
-    run = tmp_path / "run"
+    run = place / "run"
     assert "skipped" in rows(run)[5]
-    with fork_command(2, ["replay", "run", "--step=6", "--json"], tmp_path, poison(1)) as ranks:
-        assert ranks.wait() == [0, 0], ranks.everything_said
+    for step in (5, 6):
+        with fork_command(2, ["replay", "run", f"--step={step}", "--json"], place, poison(1)) as ranks:
+            assert ranks.wait() == [0, 0], ranks.everything_said
+            assert ("skipped" in answer(ranks.said(0))["replayed"]) == (step == 5)
     replay(run, 6, processes=2, code=7)  # what spoilt steps 3 and 5 is not there this time
 
 
 @pytest.mark.parametrize("step", [4, 9])
-def test_each_step_is_replayed_as_it_was_computed(step: int, workplace: Path, tmp_path: Path) -> None:
+def test_each_step_is_replayed_as_it_was_computed(step: int, place: Path) -> None:
     """Six steps on one process, then six on two: rounding is that of one, then that of the other."""
-    (tmp_path / "text.txt").symlink_to(workplace / "text.txt")
     settings = REPLAY | {"checkpoint_every": 6, "keep_checkpoints": 9, "micro_batch": 1}
-    with fork_command(1, ["train", *flags(settings)], tmp_path, stop_after(6)) as ranks:
+    with fork_command(1, ["train", *flags(settings)], place, stop_after(6)) as ranks:
         assert ranks.wait() == [75]
-    with fork_command(2, ["train", *flags(settings)], tmp_path) as ranks:
+    with fork_command(2, ["train", *flags(settings)], place) as ranks:
         assert ranks.wait() == [0, 0], ranks.everything_said
-    found = answer(replay(tmp_path / "run", step, processes=1 if step <= 6 else 2))
+    found = answer(replay(place / "run", step, processes=1 if step <= 6 else 2))
     assert found["same"] and found["after_step"] == (0 if step <= 6 else 6)
+    with fork_command(1, ["train", *flags(settings | {"out": "alone"})], place) as ranks:
+        assert ranks.wait() == [0], ranks.everything_said
+    alone_is_the_same = rows(place / "alone")[step] == rows(place / "run")[step]
+    assert alone_is_the_same == (step <= 6), "the control: on one process alone, the later steps are rounded otherwise"

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +24,8 @@ from gpt2lab.strategy import Single
 from gpt2lab.tracking import Console
 from gpt2lab.train import train
 from gpt2lab.weights import open_model
+
+pytestmark = pytest.mark.usefixtures("workplace")
 
 STEPS = 20
 MODEL: dict[str, Any] = {
@@ -131,14 +133,10 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The text, and a cache of our own."""
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.txt").write_text(sentences())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT2LAB_CACHE", str(folder / "cache"))
-        yield folder / "text.txt"
+@pytest.fixture(scope="module")
+def text(workplace: Path) -> Path:
+    """What the runs learn from."""
+    return workplace / "text.txt"
 
 
 Go = Callable[..., Path]
@@ -408,7 +406,7 @@ def test_metrics_have_one_row_a_step(whole: Path) -> None:
     assert [row["step"] for row in samples] == [7, 14, 20]
 
 
-def test_what_a_run_needs_to_be_started_again_is_in_its_folder(go: Go, whole: Path, text: Path, tmp_path: Path) -> None:
+def test_what_a_run_needs_to_be_started_again_is_in_its_folder(whole: Path, tmp_path: Path) -> None:
     """Its config.yaml is a recipe, names no folder of its own, and gives the same run."""
     recipe = (whole / "config.yaml").read_text()
     assert str(whole.parent) not in recipe
@@ -496,7 +494,7 @@ def test_numbers_that_are_not_finite_stop_it_before_they_do_harm(
     assert_equal(state(folder), state(whole))
 
 
-def test_an_absurd_learning_rate_is_noticed(go: Go, text: Path, tmp_path: Path) -> None:
+def test_an_absurd_learning_rate_is_noticed(go: Go, tmp_path: Path) -> None:
     with pytest.raises(NumbersError, match=r"Fix: lower optim.learning_rate"):
         go(tmp_path / "run", optim_learning_rate=1e30, optim_clip=0)
 

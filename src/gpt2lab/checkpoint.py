@@ -13,9 +13,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 
 from gpt2lab import manifest
 from gpt2lab.errors import CheckpointError, ResourceError, as_lab_error
-from gpt2lab.manifest import FORMAT, PIECE_BYTES, FileRecord, Manifest, Seen, damaged, verify
+from gpt2lab.manifest import FORMAT, FileRecord, Manifest, Seen, damaged, verify
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.paths import whole_folder
 from gpt2lab.recipe import Setting, build_model_config, parse_recipe
-from gpt2lab.tensors import DTYPES, tensors_in
+from gpt2lab.tensors import save_tensors, tensors_in
 from gpt2lab.tokenizer import Tokenizer
 
 MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json"
@@ -321,26 +320,3 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> 
         )
     meta = any(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(tensors, assign=meta)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a safetensors file, to the byte as the library does, but hashed on the way."""
-    order = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that each is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in order:
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
-    return manifest.write_measured(path, chain([start_of_file], *(_pieces(tensor) for _, tensor in order)))
-
-
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """The numbers of a tensor as they lie in memory, a piece at a time."""
-    numbers = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    yield from (numbers[at : at + PIECE_BYTES] for at in range(0, len(numbers), PIECE_BYTES))

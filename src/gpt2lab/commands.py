@@ -82,7 +82,7 @@ def replay(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.recipes, arguments.flags)
-    from gpt2lab.run import forecast
+    from gpt2lab.settle import forecast
 
     forecasted, settled = forecast(config)
     if arguments.json:

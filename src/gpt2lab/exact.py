@@ -67,8 +67,8 @@ class WholeSums:
 class ShardedSums:
     """Sums of the gradients of weights that ``fully_shard`` has cut along their first dimension, over all processes.
 
-    Each FSDP module reduces its gradients as integers after every pass, and keeps its shard of the sum. FSDP is given
-    zeros to add, and in the last pass the sum.
+    Each FSDP module, told to add and not to average, reduces its gradients as integers after every pass, and keeps its
+    shard of the sum. FSDP is given zeros to add, and in the last pass the sum.
 
     Args:
         passes: of which a step is made, in all processes together.
@@ -81,8 +81,6 @@ class ShardedSums:
         self.last, self._parts = True, []
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # else FSDP asks for a factor that only NCCL knows
                 part = _ShardOfSum(self, passes)
                 module.set_custom_reduce_scatter(part)
                 self._parts.append(part)

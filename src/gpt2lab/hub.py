@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from gpt2lab.download import may_pass, receive, retry_after, words
 from gpt2lab.errors import CheckpointError, ConfigError, DataError, ResourceError, UntrustedFileError, as_lab_error
 from gpt2lab.paths import sync, write_whole
 
@@ -33,7 +34,6 @@ LARGEST_INDEX = 4 * 2**20
 TRIES, FIRST_PAUSE, LONGEST_PAUSE = 4, 1, 60
 """How often one thing is asked for, and the seconds between; each pause is twice the last, or what the Hub asks for."""
 
-_CHUNK = 2**16
 _NAME = re.compile(r"(?!.*\.\.)(gpt2(?:-medium|-large|-xl)?|[\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -216,7 +216,7 @@ class _Snapshot:
         aside = blob.with_name(f"{blob.name}.incomplete")
         blob.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
-            self._patiently(lambda: _receive(url, aside, file.size), TRIES, name)
+            self._patiently(lambda: receive(url, aside, file.size), TRIES, name)
             if file.is_proved_at(aside):
                 sync(aside)
                 aside.replace(blob)
@@ -234,11 +234,11 @@ class _Snapshot:
             except Exception as error:  # the HTTP client's types change between the library's releases
                 if as_lab_error(error) or getattr(error, "filename", None):
                     raise  # it is about this machine
-                if tried == tries - 1 or not _may_pass(error):
+                if tried == tries - 1 or not may_pass(error):
                     where = f"{self.repository}{': ' * bool(name)}{name}"
-                    cause, fix = _words(error, tried + 1)
+                    cause, fix = words(error, tried + 1)
                     raise self.refusal("cannot be had from the Hub", where=where, cause=cause, fix=fix) from None
-                self.sleep(min(LONGEST_PAUSE, max(FIRST_PAUSE * 2**tried, _retry_after(error))))
+                self.sleep(min(LONGEST_PAUSE, max(FIRST_PAUSE * 2**tried, retry_after(error))))
         raise AssertionError("no tries")
 
     @contextmanager
@@ -259,14 +259,6 @@ class _Snapshot:
                 raise ResourceError(worded.what, where=where, cause=worded.cause, fix=worded.fix) from None
             cause, fix = error.strerror or str(error), "set HF_HOME to a folder you may write to"
             raise ConfigError("no place for downloads", where=where, cause=cause, fix=fix) from None
-
-
-class _Refused(Exception):
-    """An answer of the Hub that is not the file."""
-
-    def __init__(self, response: Any) -> None:
-        super().__init__(f"status {response.status_code}")
-        self.response = response
 
 
 def _missing(folder: Path, files: tuple[str, ...]) -> str:
@@ -298,92 +290,6 @@ def _shards(index: Path) -> list[str]:
         if not (isinstance(name, str) and _SHARD.fullmatch(name)):
             raise ValueError(f"it names {name!r:.80}, which is no plain name of a safetensors file")
     return sorted(names)
-
-
-def _receive(url: str, path: Path, size: int) -> None:
-    """Fill a file up to `size` bytes from a server, which may send it elsewhere; stop when there are more."""
-    from huggingface_hub.utils import build_hf_headers, tqdm
-
-    with path.open("ab") as file:
-        if file.tell() > size:
-            file.truncate(0)
-        if (have := os.fstat(file.fileno()).st_size) == size:
-            return
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        with _get(url, headers) as (status, chunks):
-            if status != 206:  # from the start: it sends no parts
-                file.truncate(0)
-                have = 0
-            bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=url.rpartition("/")[2], disable=None)
-            with bar:
-                for chunk in chunks:
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                    have += len(chunk)
-                    if have > size:
-                        return
-    if have < size:
-        raise ConnectionError(f"it ended after {have} of {size} bytes")
-
-
-@contextmanager
-def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Status and content of an answer, through the library's HTTP client: requests before its release 1.0, then httpx."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    session: Any = get_session()
-    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    old = hasattr(session, "mount")
-    if old:
-        answer = session.get(url, headers=headers, stream=True, timeout=seconds)
-    else:
-        answer = session.stream("GET", url, headers=headers, follow_redirects=True, timeout=seconds)
-    with answer as response:
-        if response.status_code not in (200, 206):
-            raise _Refused(response)
-        yield response.status_code, response.iter_content(_CHUNK) if old else response.iter_bytes(_CHUNK)
-
-
-def _status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether it may be otherwise at the next try: a busy server or a broken line, not a refusal or an answer in no sense."""
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    return not isinstance(error, ValueError | TypeError | LookupError | AttributeError)
-
-
-def _retry_after(error: Exception) -> int:
-    """The seconds that the Hub asks to wait; 0 if it does not say, or says a date."""
-    response = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return int(asked[:9]) if asked.isdecimal() else 0
-
-
-def _words(error: Exception, tries: int) -> tuple[str, str]:
-    """Cause and fix of a failed request."""
-    from huggingface_hub import constants
-
-    status = _status(error)
-    if status in (401, 403):
-        cause = f"the Hub refuses it ({status}): it is private or gated, or there is none of that name"
-        return cause, "check the name; if it is right, ask for access on its page, then log in with `hf auth login`"
-    if status in (404, 410):
-        cause = f"the Hub has no repository of that name, or not that revision or file ({status})"
-        return cause, "check the name: OWNER/NAME, or OWNER/NAME@REVISION"
-    times = f" in {tries} tries" if tries > 1 else ""
-    if status == 429:
-        return f"the Hub wants fewer requests (429{times})", "wait some minutes, or log in with `hf auth login`"
-    if status is not None:
-        return f"the Hub answers {status}{times}", "try again later, or give a local folder in its place"
-    cause = f"no Hub answers at {constants.ENDPOINT}{times} ({type(error).__name__}: {str(error)[:200]})"
-    return cause, "go online and give the same command again, or give a local folder in its place"
 
 
 def _link(blob: Path, place: Path) -> None:

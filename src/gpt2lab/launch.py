@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from gpt2lab.config import RunConfig
-from gpt2lab.distributed import place
 from gpt2lab.errors import Interrupted, ProcessError, SaidElsewhere
+from gpt2lab.rendezvous import place
 from gpt2lab.system import threads_of_each
 from gpt2lab.watch import STACKS
 

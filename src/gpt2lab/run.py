@@ -1,25 +1,24 @@
-"""A run before its first step: what is left open decided, the text prepared, the model built, where it left off restored."""
+"""A run before its first step: its folder opened, its model built, and where it left off restored."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
-from gpt2lab import checkpoint, weights
+from gpt2lab import checkpoint
 from gpt2lab.checkpoint import Checkpoint
-from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
-from gpt2lab.data.batches import Batches, check_length
+from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
+from gpt2lab.data.batches import Batches
 from gpt2lab.data.shards import Prepared, open_prepared, prepare
-from gpt2lab.distributed import Ranks, place
-from gpt2lab.errors import CheckpointError, ConfigError, DataError
+from gpt2lab.distributed import Ranks
+from gpt2lab.errors import CheckpointError, DataError
 from gpt2lab.folder import (
     check_folder,
     inherit,
@@ -30,28 +29,21 @@ from gpt2lab.folder import (
     refuse_differences,
     refuse_other_text,
 )
-from gpt2lab.generation.decode import check_prompt
 from gpt2lab.health import SKIPS_WITHIN, Health
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.plan import Derived, Plan, explain, flops_per_token, make_plan, memory_bytes, resolve
+from gpt2lab.plan import Derived, flops_per_token
 from gpt2lab.recipe import build_config, parse_recipe
 from gpt2lab.seeds import generator_for
-from gpt2lab.strategy import Single, check_strategy, choose_strategy, make_strategy
+from gpt2lab.settle import settle
+from gpt2lab.strategy import Single, make_strategy
 from gpt2lab.system import (
-    available_memory_bytes,
-    choose_device,
-    choose_precision,
     describe_machine,
     make_accelerator,
-    product_rate,
     run_in,
 )
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.tracking import Console, JsonLines, read_rows
 from gpt2lab.writer import Writer
-
-MEMORY_MARGIN = 1.1
-"""What a step holds is known to a tenth: what needs less than this times the free memory is tried."""
 
 
 @dataclass
@@ -103,63 +95,6 @@ class Run:
         self.writer.close()
         if self.lock is not None:
             self.lock.release()
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Settings with nothing left open, and what had to be opened to know them.
-
-    Attributes:
-        start: the model to start from and its tokenizer, where one is named.
-        derived: what was left open, and why it became what it is.
-    """
-
-    config: ResolvedConfig
-    device: torch.device
-    data: Prepared
-    start: tuple[GPT2, Tokenizer] | None
-    derived: list[Derived]
-    world_size: int
-
-
-def settle(config: RunConfig, ranks: Ranks | None = None, resumed: Checkpoint | None = None) -> Settled:
-    """Decide everything that a recipe leaves open, on this machine; the text is prepared, and nothing is trained.
-
-    Args:
-        ranks: the processes that will train; None: those that the settings ask for.
-
-    Raises:
-        LabError: settings, text or weights that cannot work.
-    """
-    device = ranks.device if ranks is not None else choose_device(config.system.device)
-    world = ranks.world_size if ranks is not None else max(config.system.num_processes or 1, place()[1])
-    here = ranks.local_size if ranks is not None else world
-    start = weights.open_model(config.init_from) if config.init_from and resumed is None else None
-    if start is not None and config.model == GPT2Config():
-        config = replace(config, model=start[0].config)
-    data = prepare(config.data, choose_tokenizer(config, resumed, start))
-    memory = available_memory_bytes(device) // (here if device.type == "cpu" else 1)
-    resolved, derived = resolve(config, data.tokenizer.vocab_size, len(data.train), device.type, memory, world)
-    check(resolved, data)
-    tokens = resolved.micro_batch * resolved.seq_len
-    precision, reason = choose_precision(resolved.system, resolved.model, tokens, device)
-    if resolved.system.precision == "auto":
-        derived.append(Derived("system.precision", precision, reason))
-    strategy = choose_strategy(config.system.strategy, world)
-    system = replace(resolved.system, precision=precision, strategy=strategy, num_processes=here)
-    resolved = replace(resolved, system=system)
-    check_strategy(resolved, world, device.type)
-    if ranks is not None and memory_bytes(resolved, device.type, world)["total"] > MEMORY_MARGIN * memory:
-        raise explain(resolved, memory, device.type, world)
-    return Settled(resolved, device, data, start, derived, world)
-
-
-def forecast(config: RunConfig) -> tuple[Plan, Settled]:
-    """What a run would need on this machine."""
-    settled = settle(config)
-    resolved, tokens = settled.config, settled.config.micro_batch * settled.config.seq_len
-    rate = product_rate(resolved.system.precision, resolved.model, tokens, settled.device)
-    return make_plan(resolved, rate, settled.device.type, settled.world_size), settled
 
 
 def set_up(config: RunConfig, console: Console, ranks: Ranks) -> Run:
@@ -301,39 +236,6 @@ def open_run(opening: Opening, folder: Path, lock: FileLock | None, console: Con
     run.health = Health(run.recent_rows())
     introduce(run, opening.derived)
     return run
-
-
-def choose_tokenizer(
-    config: RunConfig, resumed: Checkpoint | None, start: tuple[GPT2, Tokenizer] | None
-) -> str | Tokenizer | None:
-    """The tokenizer that a recipe names, or else that of the model it goes on from, or else what the text brings."""
-    if config.tokenizer is not None:
-        return config.tokenizer
-    if resumed is not None:
-        return Tokenizer.load(resumed.folder)
-    return start[1] if start is not None else None
-
-
-def check(config: ResolvedConfig, data: Prepared) -> None:
-    """Refuse what only the text and the tokenizer can tell.
-
-    Raises:
-        ConfigError: the model knows fewer tokens than the tokenizer. DataError: too little text, or a prompt it cannot spell.
-    """
-    if (config.model.vocab_size or 0) < data.tokenizer.vocab_size:
-        cause = f"{config.model.vocab_size} tokens, but the tokenizer has {data.tokenizer.vocab_size}"
-        raise ConfigError(
-            "vocabulary too small", where="model.vocab_size", cause=cause, fix="leave it out: the tokenizer decides"
-        )
-    check_length(data.train, config.seq_len, "training")
-    if len(data.validation) < 2:
-        raise DataError(
-            "too little text",
-            where="data",
-            cause="nothing is left to validate on",
-            fix="give more text, or data.validation",
-        )
-    check_prompt(len(data.tokenizer.encode(config.sample_prompt)), config.model, "sample_prompt")
 
 
 def restore(run: Run, resumed: Checkpoint | None, state: dict[str, Any], *, with_weights: bool = True) -> None:

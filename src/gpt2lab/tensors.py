@@ -1,7 +1,7 @@
-"""safetensors files, read without trust: the header is checked whole, and tensors come from bytes, never from a mapping.
+"""safetensors files. They are read without trust: the header is checked whole, and tensors come from bytes.
 
-The library maps files: one that is cut short by someone else then kills the process. It also takes any header. Writing is
-the library's (`safetensors.torch.save_file`).
+The library maps files: one that is cut short by someone else then kills the process. It also takes any header. Written is
+what the library writes, to the byte, but hashed on the way.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from gpt2lab.manifest import PIECE_BYTES, FileRecord, write_measured
 
 LARGEST_HEADER, MOST_TENSORS = 4 * 2**20, 10_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -126,3 +131,23 @@ def tensors_in(content: bytearray) -> Mapping[str, Tensor]:
         return aligned.view(entry.dtype).view(entry.shape)
 
     return {name: tensor(entry) for name, entry in entries.items()}
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write a safetensors file, to the byte as the library does; return its size and hash."""
+    order = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that each is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in order:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start_of_file = memoryview(len(text).to_bytes(8, "little") + text)
+    return write_measured(path, chain([start_of_file], *(_pieces(tensor) for _, tensor in order)))
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The numbers of a tensor as they lie in memory, a piece at a time."""
+    numbers = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    yield from (numbers[at : at + PIECE_BYTES] for at in range(0, len(numbers), PIECE_BYTES))

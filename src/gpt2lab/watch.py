@@ -7,6 +7,7 @@ long, and ends the run with the rank, the step, the phase and the stacks of whoe
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -249,11 +250,10 @@ class Watch:
         here = [(rank, beat) for rank, beat in beats if beat and _is_here(beat)]
         faulthandler.dump_traceback(self._stacks, all_threads=True)  # of this process, with its other threads held
         for rank, beat in here:
-            with suppress(ProcessLookupError, PermissionError):
-                if rank == self.rank:
-                    continue
-                os.kill(beat["pid"], signal.SIGUSR1)
-                os.kill(beat["pid"], signal.SIGCONT)
+            if rank != self.rank:
+                with suppress(ProcessLookupError, PermissionError):
+                    _signal_main_thread(beat["pid"], signal.SIGUSR1)
+                    os.kill(beat["pid"], signal.SIGCONT)
         time.sleep(0.5)
         folder = self.folder if self.folder is not None and self.folder.is_dir() else Path(tempfile.gettempdir())
         path = folder / "stacks.txt"
@@ -275,6 +275,19 @@ class Watch:
 def stack_file(pid: int) -> Path:
     """Where a process writes its stacks when it gets SIGUSR1."""
     return Path(os.environ.get(STACKS) or tempfile.gettempdir()) / f"gpt2lab-{pid}.stacks"
+
+
+def _signal_main_thread(pid: int, number: int) -> None:
+    """Signal another process in its main thread, which then says where it stood before it moves on.
+
+    A signal to a process goes to any of its threads; a stopped one's main thread might be elsewhere by then.
+    """
+    try:
+        tgkill = ctypes.CDLL(None).tgkill  # on Linux; `signal` has it for this process's threads only
+    except (AttributeError, OSError, TypeError):
+        os.kill(pid, number)
+    else:
+        tgkill(pid, pid, number)
 
 
 def _same_beat(now: dict[str, Any] | None, before: dict[str, Any] | None) -> bool:

@@ -24,6 +24,7 @@ from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import read_foreign
 from gpt2lab.weights.export import export_hf
 from tests.weights import test_llmc, test_openai
+from tests.weights.models import their_model
 
 NOT_READ = ("README.md", "checkpoint", "generation_config.json", "tokenizer_config.json")
 BIG = [b"-1", b"0", b"1e999", b"NaN", b"99999999999999999999", b"null", b"[]", b'"x"', b"true"]
@@ -66,9 +67,9 @@ def main() -> None:
         words = Tokenizer.train_bpe(["the cat sat on the mat. " * 9], 270)
         model = GPT2(280, 32, 16, 2, 24, 2, generator=torch.Generator().manual_seed(0)).eval()
         export_hf(model, words, root / "hf", check=False)
-        test_openai.write(root / "openai", test_openai.as_published(test_openai.their_model()))
+        test_openai.write(root / "openai", test_openai.as_published(their_model()))
         (root / "llmc").mkdir()
-        test_llmc.write(root / "llmc" / "model.bin", test_llmc.their_model())
+        test_llmc.write(root / "llmc" / "model.bin", their_model())
         for name in ("openai", "llmc"):
             words.save(root / name)
         targets = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in NOT_READ]

@@ -17,7 +17,8 @@ from gpt2lab.config import GPT2Config
 from gpt2lab.errors import ConfigError
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.moe import Routing
-from gpt2lab.weights.convert import CHANGES, FIXED, Converted, convert, max_logit_difference
+from gpt2lab.weights.changes import CHANGES
+from gpt2lab.weights.convert import FIXED, Converted, convert, max_logit_difference
 from tests.model.test_variants import SHAPE, build, tokens
 from tests.reference import assert_differ, assert_same, gpt2_logits, planted_faults
 

@@ -20,10 +20,8 @@ from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import export, hf, save_model
 from gpt2lab.weights.export import export_hf, native_for
 from tests.reference import assert_differ, assert_same
-
-STORY = "The cat sat on the mat. The cat's hat is the cat's.\n\nThe end, isn't it?  Yes: 1, 22, 333!\n"
-SHAPE = {"vocab_size": 300, "max_seq_len": 96, "embed_dim": 32, "num_heads": 4, "ff_hidden_dim": 48, "num_layers": 2}
-ROPE = {"position": "rope"}
+from tests.weights import models
+from tests.weights.models import ROPE, SHAPE, STORY, loud
 
 EXPORTS: dict[str, tuple[dict[str, Any], str]] = {
     "GPT-2": ({}, "GPT2LMHeadModel"),
@@ -63,22 +61,8 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train_bpe([STORY * 3], 290)
 
 
-def loud(seed: int = 0, **changes: Any) -> GPT2:
-    """A model with weights so large that every part of it shows in its logits."""
-    generator = torch.Generator().manual_seed(seed)
-    model = GPT2(**SHAPE | changes, generator=generator).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        if model.position_embedding is not None:
-            model.position_embedding.weight.mul_(5)  # or it says the same token again and again
-    return model
-
-
-@torch.inference_mode()
 def logits(model: Any, time: int = 96) -> Tensor:
-    out = model(torch.randint(250, (2, time), generator=torch.Generator().manual_seed(1)))
-    return out if isinstance(out, Tensor) else out.logits
+    return models.logits(model, torch.randint(250, (2, time), generator=torch.Generator().manual_seed(1)))
 
 
 @torch.inference_mode()

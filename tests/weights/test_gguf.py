@@ -25,8 +25,9 @@ from gpt2lab.weights import gguf as package
 from gpt2lab.weights.gguf import export_gguf, obstacle
 from tests.reference import assert_differ, assert_same
 from tests.test_checkpoint import DIED, DONE, RAISED, SURVIVED, at_each_operation, die, in_a_child, run_out_of_disk
+from tests.weights import models
+from tests.weights.models import ROPE, STORY, loud
 
-STORY = "The cat sat on the mat. The cat's hat is the cat's.\n\nThe end, isn't it?  Yes: 1, 22, 333!\n"
 TEXTS = [
     STORY,
     " \n\t don't  DON'T 3.14\u00a0\u3000x",
@@ -34,8 +35,6 @@ TEXTS = [
     "\x00\x1c\x85",
     string.printable,
 ]
-SHAPE = {"vocab_size": 300, "max_seq_len": 96, "embed_dim": 32, "num_heads": 4, "ff_hidden_dim": 48, "num_layers": 2}
-ROPE = {"position": "rope"}
 FILE = "model.gguf"
 
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -75,18 +74,6 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.train_bpe([STORY * 3], 290)
-
-
-def loud(seed: int = 0, **changes: Any) -> GPT2:
-    """A model with weights so large that every part of it shows in its logits."""
-    generator = torch.Generator().manual_seed(seed)
-    model = GPT2(**SHAPE | changes, generator=generator).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        if model.position_embedding is not None:
-            model.position_embedding.weight.mul_(5)  # or it says the same token again and again
-    return model
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -150,10 +137,8 @@ def reread(folder: Path, config: PretrainedConfig | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, config=config, dtype=torch.float32).eval()
 
 
-@torch.inference_mode()
 def logits(model: Any, time: int = 96) -> Tensor:
-    out = model(torch.randint(300, (2, time), generator=torch.Generator().manual_seed(1)))
-    return out if isinstance(out, Tensor) else out.logits
+    return models.logits(model, torch.randint(300, (2, time), generator=torch.Generator().manual_seed(1)))
 
 
 # --- The same model ---------------------------------------------------------------------------------------------------

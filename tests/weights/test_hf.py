@@ -18,27 +18,19 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from gpt2lab.errors import CheckpointError, ConfigError, LabError, UntrustedFileError
-from gpt2lab.generation import generate
-from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import hf, import_model, load_model, load_tokenizer, open_model
 from tests.reference import assert_differ, assert_same
+from tests.weights.models import STORY, THEIR_SHAPE, assert_same_greedy_text, logits, their_model
 
-STORY = "The cat sat on the mat. The cat's hat is the cat's.\n\nThe end, isn't it?  Yes: 1, 22, 333!\n"
-SHAPE = {"vocab_size": 280, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 MATRICES = {
     f"h.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 }
 
 
-def their_model(folder: Path, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """A random model of theirs in `folder`, with weights so large that every part of it shows in its logits."""
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(HFConfig(**SHAPE | changes, bos_token_id=0, eos_token_id=0)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.transformer.wpe.weight.mul_(5)  # or it says the same token again and again
+def saved_model(folder: Path, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    """A model of theirs in `folder`, with a tokenizer."""
+    model = their_model(seed, **changes)
     model.save_pretrained(folder)
     Tokenizer.train_bpe([STORY * 3], 280).save(folder)
     return model
@@ -47,20 +39,13 @@ def their_model(folder: Path, seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GPT2LMHeadModel]:
     folder = tmp_path_factory.mktemp("hf")
-    return folder, their_model(folder)
+    return folder, saved_model(folder)
 
 
 @pytest.fixture
 def folder(original: tuple[Path, GPT2LMHeadModel], tmp_path: Path) -> Path:
     """A copy to change."""
     return Path(shutil.copytree(original[0], tmp_path / "hf"))
-
-
-@torch.inference_mode()
-def logits(model: GPT2 | GPT2LMHeadModel) -> Tensor:
-    token_ids = torch.arange(60).view(2, 30) * 4
-    out = model(token_ids)
-    return out if isinstance(out, Tensor) else out.logits
 
 
 # --- The same model ---------------------------------------------------------------------------------------------------
@@ -71,25 +56,17 @@ def test_the_logits_are_theirs(original: tuple[Path, GPT2LMHeadModel], tmp_path:
     ours = load_model(str(folder))
     assert not ours.training and ours.vocab_size == 280 and ours.token_embedding.num_embeddings == 320
     assert_same(logits(ours), logits(theirs), within=1e-4)
-    assert_differ(logits(ours), logits(their_model(tmp_path, seed=1)), by=1, what="another model")
+    assert_differ(logits(ours), logits(saved_model(tmp_path, seed=1)), by=1, what="another model")
 
 
 def test_the_greedy_text_is_theirs(original: tuple[Path, GPT2LMHeadModel]) -> None:
     folder, theirs = original
     model, tokenizer = open_model(str(folder))
-    continued = set()
-    settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for prompt in ("The cat", "Yes: 1", "\n"):
-        (sample,) = generate(model, tokenizer, prompt, max_new_tokens=32, temperature=0)
-        prompt_ids = torch.from_numpy(tokenizer.encode(prompt)).long()[None]
-        generated = theirs.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), **settings)
-        assert sample.token_ids == generated[0, prompt_ids.shape[1] :].tolist() and len(sample.token_ids) == 32
-        continued.add(tuple(sample.token_ids))
-    assert len(continued) == 3 and len({token for ids in continued for token in ids}) > 10
+    assert_same_greedy_text(model, tokenizer, theirs)
 
 
 def test_gpt2_s_own_vocabulary(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = their_model(tmp_path, vocab_size=50257, n_embd=16, n_layer=1)
+    theirs = saved_model(tmp_path, vocab_size=50257, n_embd=16, n_layer=1)
     (tmp_path / "tokenizer.json").unlink()
     monkeypatch.setenv("GPT2LAB_DATA", str(data_folder))
     model, without = open_model(str(tmp_path))
@@ -148,7 +125,7 @@ def sharded(folder: Path) -> None:
 
 
 def old_config(folder: Path) -> None:
-    keys = {"model_type", "n_ctx", *SHAPE}
+    keys = {"model_type", "n_ctx", *THEIR_SHAPE}
     known = json.loads((folder / hf.CONFIG).read_text()) | {"n_ctx": 64}
     (folder / hf.CONFIG).write_text(json.dumps({key: value for key, value in known.items() if key in keys}))
 

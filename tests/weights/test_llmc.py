@@ -8,36 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from gpt2lab.errors import CheckpointError, LabError, UntrustedFileError
-from gpt2lab.generation import generate
-from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import llmc
 from tests.reference import assert_differ, assert_same
+from tests.weights.models import STORY, assert_same_greedy_text, logits, their_model
 
-STORY = "The cat sat on the mat. The cat's hat is the cat's.\n\nThe end, isn't it?  Yes: 1, 22, 333!\n"
 HEADER = {
     "magic": 20240326, "version": 3, "max_seq_len": 64, "vocab_size": 280, "num_layers": 2, "num_heads": 4,
     "channels": 32, "padded_vocab_size": 384,
 }  # fmt: skip
 IN_A_BLOCK = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
 NUMBERS = (384 + 64 + 2) * 32 + 2 * (12 * 32 + 13) * 32
-
-
-def their_model(seed: int = 0) -> GPT2LMHeadModel:
-    """A random model of theirs, with weights so large that every part of it shows in its logits."""
-    torch.manual_seed(seed)
-    config = HFConfig(vocab_size=280, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.transformer.wpe.weight.mul_(5)  # or it says the same token again and again
-    return model
 
 
 def write(path: Path, model: GPT2LMHeadModel, dtype: torch.dtype = torch.float32, **header: int) -> None:
@@ -69,13 +53,6 @@ def path(tmp_path: Path, theirs: GPT2LMHeadModel) -> Path:
     return tmp_path / "gpt2.bin"
 
 
-@torch.inference_mode()
-def logits(model: GPT2 | GPT2LMHeadModel) -> Tensor:
-    token_ids = torch.arange(60).view(2, 30) * 4
-    out = model(token_ids)
-    return out if isinstance(out, Tensor) else out.logits
-
-
 # --- The same model ---------------------------------------------------------------------------------------------------
 
 
@@ -99,15 +76,7 @@ def test_every_tensor_is_accounted_for(path: Path) -> None:
 
 def test_the_greedy_text_is_theirs(path: Path, theirs: GPT2LMHeadModel) -> None:
     found = llmc.read(path)
-    continued = set()
-    settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for prompt in ("The cat", "Yes: 1", "\n"):
-        (sample,) = generate(found.model, found.tokenizer, prompt, max_new_tokens=32, temperature=0)
-        prompt_ids = torch.from_numpy(found.tokenizer.encode(prompt)).long()[None]
-        generated = theirs.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), **settings)
-        assert sample.token_ids == generated[0, prompt_ids.shape[1] :].tolist() and len(sample.token_ids) == 32
-        continued.add(tuple(sample.token_ids))
-    assert len(continued) == 3 and len({token for ids in continued for token in ids}) > 10
+    assert_same_greedy_text(found.model, found.tokenizer, theirs)
 
 
 def test_bf16_is_read_as_it_is(path: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2lab.errors import CheckpointError, UntrustedFileError
-from gpt2lab.weights import unpickle
+from gpt2lab.weights import sandbox, unpickle
 from gpt2lab.weights.layout import Imported
 from gpt2lab.weights.nanogpt import read, recognises
 from tests.reference import assert_differ, assert_same
@@ -121,7 +121,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def extract(path: Path, real: Path, folder: Path, only: tuple[str, ...]) -> None:
         unpickle.extract(real, folder, list(only))
 
-    monkeypatch.setattr(unpickle, "_run_child", extract)
+    monkeypatch.setattr(sandbox, "_run_child", extract)
 
 
 def change(path: Path, **parts: Any) -> None:

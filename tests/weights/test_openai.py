@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,144 +20,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
 from gpt2lab.errors import CheckpointError, LabError, UntrustedFileError
-from gpt2lab.generation import generate
-from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
-from gpt2lab.weights import openai
+from gpt2lab.weights import openai, tensor_bundle
+from gpt2lab.weights.tensor_bundle import read_index
 from tests.reference import assert_differ, assert_same
+from tests.weights.bundles import HEADER, Record, bundle, field, sealed, table, varint
+from tests.weights.models import STORY, assert_same_greedy_text, logits, their_model
 
-STORY = "The cat sat on the mat. The cat's hat is the cat's.\n\nThe end, isn't it?  Yes: 1, 22, 333!\n"
 SHAPE = {"n_vocab": 280, "n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2}
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 KINDS = {torch.float32: 1, torch.float64: 2, torch.int32: 3, torch.int64: 9, torch.bfloat16: 14, torch.float16: 19}
 
 
-# --- A writer of the format -------------------------------------------------------------------------------------------
-
-
-def shifted_out(byte: int) -> int:
-    """What a byte does to the checksum when its bits have left, one after the other."""
-    for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    return byte
-
-
-SHIFTED_OUT = [shifted_out(byte) for byte in range(256)]
-
-
-def crc32c(data: bytes) -> int:
-    """Byte by byte, as in RFC 3720."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = SHIFTED_OUT[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
-
-
-def sealed(data: bytes) -> bytes:
-    """The masked checksum of `data`, as it stands in a file."""
-    crc = crc32c(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
-
-
-def varint(number: int) -> bytes:
-    """In seven bits a byte, the lowest first. A negative number is its two's complement in 64 bits."""
-    number %= 2**64
-    out = b""
-    while number > 127:
-        out += bytes([number % 128 + 128])
-        number //= 128
-    return out + bytes([number])
-
-
-def field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer: a varint, or bytes after their length."""
-    if isinstance(value, int):
-        return varint(number * 8) + varint(value)
-    return varint(number * 8 + 2) + varint(len(value)) + value
-
-
-def table(
-    items: Iterable[tuple[bytes, bytes]],
-    *,
-    block_bytes: int = 200,
-    restart_every: int = 4,
-    compression: int = 0,
-    spoil: Callable[[int, bytes], bytes] = lambda block, content: content,
-    handles: Callable[[list[tuple[int, int]]], list[tuple[int, int]]] = lambda handles: handles,
-) -> bytes:
-    """A LevelDB table.
-
-    Args:
-        spoil: changes what stands in a block (its number, its content) before it gets its checksum.
-        handles: changes the places of the data blocks, the metaindex and the index, as they are written down.
-    """
-    file, places = bytearray(), list[tuple[int, int]]()
-
-    def write(entries: list[tuple[bytes, bytes]], every: int) -> None:
-        block, restarts, previous = bytearray(), [0], b""
-        for count, (key, value) in enumerate(entries):
-            if count and count % every == 0:
-                restarts.append(len(block))
-                previous = b""
-            same = [a == b for a, b in zip(previous, key, strict=False)]
-            shared = [*same, False].index(False)
-            block += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
-            previous = key
-        block += b"".join(number.to_bytes(4, "little") for number in [*restarts, len(restarts)])
-        content = spoil(len(places), bytes(block))
-        places.append((len(file), len(content)))
-        content += bytes([compression])
-        file.extend(content + sealed(content))
-
-    pending, size, last_keys = list[tuple[bytes, bytes]](), 0, []
-    for key, value in items:
-        pending.append((key, value))
-        size += len(key) + len(value)
-        if size >= block_bytes:
-            write(pending, restart_every)
-            last_keys.append(key)
-            pending, size = [], 0
-    if pending:
-        write(pending, restart_every)
-        last_keys.append(bytes((byte + 1) % 256 for byte in pending[-1][0][:1]))  # TensorFlow makes the last one short
-    write([], 1)
-    as_written = [varint(offset) + varint(size) for offset, size in handles(places)]
-    write(list(zip(last_keys, as_written, strict=False)), 1)
-    footer = b"".join(varint(offset) + varint(size) for offset, size in handles(places)[-2:])
-    return bytes(file) + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
-
-
-@dataclass(frozen=True)
-class Record:
-    """A tensor's entry in the index."""
-
-    name: bytes
-    dtype: int
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-    checksum: bytes
-    shard: int = 0
-    more: bytes = b""
-
-    def item(self) -> tuple[bytes, bytes]:
-        shape = b"".join(field(2, field(1, size) if size else b"") for size in self.shape)
-        numbers = [(3, self.shard), (4, self.offset), (5, self.size)]
-        value = field(1, self.dtype) + field(2, shape) + b"".join(field(n, value) for n, value in numbers if value)
-        return self.name, value + varint(6 * 8 + 5) + self.checksum + self.more
-
-
-HEADER = field(1, 1) + field(3, field(1, 1))
-"""One shard, little-endian (0, left out), version 1."""
-
-
-def bundle(records: Iterable[Record], header: bytes = HEADER, **how: Any) -> bytes:
-    """An index."""
-    return table([(b"", header), *(record.item() for record in records)], **how)
+# --- A writer of checkpoints -------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, tensors: dict[str, Tensor], **hparams: Any) -> list[Record]:
@@ -175,18 +53,6 @@ def write(folder: Path, tensors: dict[str, Tensor], **hparams: Any) -> list[Reco
     (folder / DATA).write_bytes(data)
     (folder / INDEX).write_bytes(bundle(records))
     return records
-
-
-def their_model(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
-    """A random model of theirs, with weights so large that every part of it shows in its logits."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 280, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    model = GPT2LMHeadModel(HFConfig(**sizes | changes, bos_token_id=0, eos_token_id=0)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        model.transformer.wpe.weight.mul_(5)  # or it says the same token again and again
-    return model
 
 
 def as_published(model: GPT2LMHeadModel) -> dict[str, Tensor]:
@@ -226,13 +92,6 @@ def copy(original: Original, tmp_path: Path) -> Original:
     return replace(original, folder=Path(shutil.copytree(original.folder, tmp_path / "copy")))
 
 
-@torch.inference_mode()
-def logits(model: GPT2 | GPT2LMHeadModel) -> Tensor:
-    token_ids = torch.arange(60).view(2, 30) * 4
-    out = model(token_ids)
-    return out if isinstance(out, Tensor) else out.logits
-
-
 # --- The same model ---------------------------------------------------------------------------------------------------
 
 
@@ -257,15 +116,7 @@ def test_the_index_of_the_test_has_what_makes_the_format_hard(original: Original
 
 def test_the_greedy_text_is_theirs(original: Original) -> None:
     found = openai.read(original.folder)
-    continued = set()
-    settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for prompt in ("The cat", "Yes: 1", "\n"):
-        (sample,) = generate(found.model, found.tokenizer, prompt, max_new_tokens=32, temperature=0)
-        prompt_ids = torch.from_numpy(found.tokenizer.encode(prompt)).long()[None]
-        generated = original.model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), **settings)
-        assert sample.token_ids == generated[0, prompt_ids.shape[1] :].tolist() and len(sample.token_ids) == 32
-        continued.add(tuple(sample.token_ids))
-    assert len(continued) == 3 and len({token for ids in continued for token in ids}) > 10
+    assert_same_greedy_text(found.model, found.tokenizer, original.model)
 
 
 def test_a_number_that_moved_in_the_file_moves_the_logits(original: Original, tmp_path: Path) -> None:
@@ -307,9 +158,9 @@ def test_the_optimizer_s_tensors_are_left_over(copy: Original) -> None:
 def test_any_blocks_and_restarts_are_read(block_bytes: int, restart_every: int, copy: Original) -> None:
     index = bundle(copy.records, block_bytes=block_bytes, restart_every=restart_every)
     assert index != (copy.folder / INDEX).read_bytes()
-    before = openai.read_index(copy.folder / INDEX)
+    before = read_index(copy.folder / INDEX)
     (copy.folder / INDEX).write_bytes(index)
-    assert openai.read_index(copy.folder / INDEX) == before and len(before) == 28
+    assert read_index(copy.folder / INDEX) == before and len(before) == 28
 
 
 def test_the_tokenizer_is_the_one_beside_the_weights_or_the_one_that_is_named(copy: Original) -> None:
@@ -376,42 +227,17 @@ def test_an_index_that_tensorflow_wrote(tmp_path: Path) -> None:
     assert torch.equal(matrix.T.flatten(), torch.from_numpy(numbers[12 : 12 + 4 * 12])) and matrix.shape == (12, 4)
     assert weights["token_embedding.weight"][:257].flatten().tolist() == numbers[-257 * 4 :].tolist()
     # And the writer of this file is believed: of the same tensors it makes the same file, with TensorFlow's settings.
-    shapes = {name: entry.shape for name, entry in openai.read_index(tmp_path / INDEX).items()}
+    shapes = {name: entry.shape for name, entry in read_index(tmp_path / INDEX).items()}
     parts = torch.from_numpy(numbers).split([torch.Size(shape).numel() for shape in shapes.values()])
     tensors = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     assert bundle(write(tmp_path / "ours", tensors), block_bytes=2**18, restart_every=16) == index
 
 
-def test_the_checksum_is_that_of_the_standard() -> None:
-    known = {b"123456789": 0xE3069283, bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, bytes(range(32)): 0x46DD794E}
-    for data, checksum in known.items():
-        assert openai.crc32c(data) == checksum == crc32c(data)
-
-
-def test_the_checksum_is_the_same_at_any_length_and_in_any_pieces() -> None:
-    random = np.random.default_rng(0)
-    for length in (0, 1, 3, 4, 7, 5684, 5685, 5686, 5685 * 8, 5685 * 8 + 1, 10_008 * 8 - 1, 10_008 * 8 + 13):
-        data = random.bytes(length)
-        assert openai.crc32c(data) == crc32c(data), length
-        cut = length // 3
-        assert openai.crc32c(data[cut:], openai.crc32c(data[:cut])) == crc32c(data), length
-
-
 def test_a_tensor_is_checked_piece_by_piece(copy: Original, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "PIECE", 1000)
+    monkeypatch.setattr(tensor_bundle, "PIECE", 1000)
     assert_same(logits(openai.read(copy.folder).model), logits(copy.model), within=1e-4)
     data(lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]))(copy)
     refusal(copy.folder, "model/wte .*do not match their checksum")
-
-
-def test_the_checksum_sees_every_bit() -> None:
-    data = bytearray(np.random.default_rng(0).bytes(50_000))
-    before = openai.crc32c(bytes(data))
-    for at in range(0, len(data), 97):
-        data[at] ^= 1 << at % 8
-        assert openai.crc32c(bytes(data)) != before
-        data[at] ^= 1 << at % 8
-    assert openai.crc32c(bytes(data)) == before
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gpt2lab.errors import CheckpointError, LabError, UntrustedFileError
-from gpt2lab.weights import unpickle
+from gpt2lab.weights import sandbox, unpickle
 from gpt2lab.weights.pickles import describe, is_pickle, pickles_in, refuse
-from gpt2lab.weights.unpickle import unpack
+from gpt2lab.weights.sandbox import unpack
 
 WEIGHT = torch.arange(40.0).view(8, 5).sin()
 GENERIC = "it is a pickle, which can run code when it is opened"
@@ -352,9 +352,9 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from gpt2lab.errors import LabError
-from gpt2lab.weights import unpickle
-unpickle.leave_network()
-unpickle.limit_resources(2**21, 300)
+from gpt2lab.weights import sandbox, unpickle
+sandbox.leave_network()
+sandbox.limit_resources(2**21, 300)
 for line in sys.stdin:
     path, folder = map(Path, json.loads(line))
     try:
@@ -694,7 +694,7 @@ def test_a_child_that_does_not_end_is_ended(
 ) -> None:
     doubled = b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(60))
     (tmp_path / "x.pt").write_bytes(torch_zip(finished(b"}" + doubled + b"Ns")))  # 2**60 steps to hash the key
-    monkeypatch.setattr(unpickle, "SECONDS", 3)
+    monkeypatch.setattr(sandbox, "SECONDS", 3)
     with pytest.raises(CheckpointError, match=r"took more than 3 seconds|SIGXCPU|SIGKILL"):
         unpack(tmp_path / "x.pt")
 
@@ -735,16 +735,16 @@ def test_a_child_that_lies_is_not_believed(tmp_path: Path, no_leftovers: None, m
 LIMITED = """
 import os, resource, socket, sys
 from pathlib import Path
-from gpt2lab.weights import unpickle
+from gpt2lab.weights import sandbox
 port = int(sys.argv[1])
 socket.create_connection(("127.0.0.1", port)).close()
-left = unpickle.leave_network()
+left = sandbox.leave_network()
 try:
     socket.create_connection(("127.0.0.1", port)).close()
     connected = True
 except OSError:
     connected = False
-unpickle.limit_resources(2**20, 100)
+sandbox.limit_resources(2**20, 100)
 bytearray(2**28)
 Path("small").write_bytes(bytes(2**21))
 caught = []

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gpt2lab.run import settle
+from gpt2lab.settle import settle
 from gpt2lab.study import figures
 from gpt2lab.study.grid import Row, read_rows, train_row
 from gpt2lab.study.measure import ROUNDS, measure

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gpt2lab import __version__
-from gpt2lab.checkpoint import save_tensors
 from gpt2lab.config import GPT2Config
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.paths import whole_folder
 from gpt2lab.seeds import generator_for
+from gpt2lab.tensors import save_tensors
 from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer
 from gpt2lab.weights.convert import convert
 from gpt2lab.weights.layout import WeightMap, pour

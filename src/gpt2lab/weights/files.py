@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
         raise CheckpointError("unusable JSON", where=str(path), cause=cause, fix="copy the file again") from None
 
 
-def reader(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[int, int], Tensor]:
+def reader(
+    file: BufferedReader, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[int, int], Tensor]:
     """What `Stored.read` needs for a tensor that lies in `file` from `offset` on, row by row.
 
     The file is read, not mapped: one that shrinks meanwhile is an error, where a mapped one would kill the process.
@@ -71,7 +74,7 @@ def reader(file: BinaryIO, offset: int, shape: tuple[int, ...], dtype: torch.dty
     def read(start: int, stop: int) -> Tensor:
         buffer = torch.empty((stop - start) * row, dtype=torch.uint8)
         file.seek(offset + start * row)
-        if file.readinto(buffer.numpy()) != len(buffer):  # type: ignore[attr-defined]
+        if file.readinto(buffer.numpy().data) != len(buffer):
             raise CheckpointError(
                 "truncated weights", where=file.name, cause="it ends before its tensors do", fix="copy the file again"
             )

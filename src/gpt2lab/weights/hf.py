@@ -16,7 +16,7 @@ from gpt2lab.errors import CheckpointError
 from gpt2lab.hub import CONFIG, INDEX, LARGEST_INDEX, WEIGHTS, fetch
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tensors import read_header
-from gpt2lab.weights import pickles, unpickle
+from gpt2lab.weights import pickles, sandbox
 from gpt2lab.weights.files import read_json, reader, regular_file, tokenizer_for
 from gpt2lab.weights.layout import Imported, Stored, fill
 from gpt2lab.weights.natives import NATIVES, Native
@@ -123,7 +123,7 @@ def stored_tensors(folder: Path, allow_pickle: bool = False) -> Iterator[list[St
             and not any((folder / name).exists() for name in (WEIGHTS, INDEX))
             and (folder / PICKLE).exists()
         ):
-            yield files.enter_context(unpickle.unpack(folder / PICKLE)).tensors
+            yield files.enter_context(sandbox.unpack(folder / PICKLE)).tensors
             return
         for path in weight_files(folder):
             file = files.enter_context(regular_file(path).open("rb"))

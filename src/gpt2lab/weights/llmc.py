@@ -6,8 +6,8 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ def expected_bytes(header: Header) -> int:
     return HEADER_BYTES + header.dtype.itemsize * sum(math.prod(shape) for _, shape in shapes(header))
 
 
-def stored(file: BinaryIO, header: Header) -> Iterator[Stored]:
+def stored(file: BufferedReader, header: Header) -> Iterator[Stored]:
     """The tensors of a model file."""
     offset = HEADER_BYTES
     for name, shape in shapes(header):

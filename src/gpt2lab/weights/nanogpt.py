@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gpt2lab.config import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2lab.errors import CheckpointError
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.weights import pickles, unpickle
+from gpt2lab.weights import pickles, sandbox
 from gpt2lab.weights.files import tokenizer_for
 from gpt2lab.weights.layout import Imported, Layout, Slot, Stored, fill
 
@@ -79,7 +79,7 @@ def read(path: Path, tokenizer: str | None = None, *, allow_pickle: bool = False
     """
     if not allow_pickle:
         pickles.refuse(path)
-    with unpickle.unpack(path, (MODEL, ARGUMENTS)) as unpacked:
+    with sandbox.unpack(path, (MODEL, ARGUMENTS)) as unpacked:
         config, padded = _config(unpacked.values.get(ARGUMENTS), path)
         found_tokenizer = tokenizer_for(config.vocab_size or GPT2_VOCAB_SIZE, path.parent, tokenizer)
         with torch.device("meta"):
