@@ -213,8 +213,8 @@ MISTAKES = [
     # text
     named(["train", *TRAIN, "--data.source=nowhere"], 3, ["nowhere", "No such file"]),
     named(["train", *TRAIN, "--data.source=empty.txt"], 3, ["empty.txt", "empty"]),
-    named(["train", *TRAIN, "--data.source=binary.dat"], 3, ["binary.dat", "0x80", "offset 128", "UTF-8"]),
-    named(["train", *TRAIN, "--data.source=nul.txt"], 3, ["nul.txt", "NUL", "offset 4"]),
+    named(["train", *TRAIN, "--data.source=binary.dat"], 3, ["binary.dat", "NUL", "UTF-8"]),
+    named(["train", *TRAIN, "--data.source=nul.txt"], 3, ["nul.txt", "NUL"]),
     named(["train", *TRAIN, "--data.source=taken"], 3, ["taken", "no text"]),
     named(["train", *TRAIN, "--out=new", "--tokenizer=gpt3"], 2, ["'gpt3'", "bytes"]),
     named(["data", "prepare", "empty.txt", "--out", "shards"], 3, ["empty.txt", "empty"]),
@@ -409,7 +409,9 @@ def test_json_of_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     prepared = output("data", "prepare", "text.txt", "--out", str(tmp_path / "shards"), capsys=capsys)
     assert fields <= prepared.keys()
     assert prepared["bytes_in"] == len(sentences()) == prepared["bytes_tokenised"] + prepared["bytes_skipped"]
-    assert output("data", "inspect", str(tmp_path / "shards"), capsys=capsys) == prepared
+    inspected = output("data", "inspect", str(tmp_path / "shards"), capsys=capsys)
+    assert {name: inspected[name] for name in fields} == {name: prepared[name] for name in fields}
+    assert isinstance(inspected["problems"], list)
     letters = output("data", "prepare", "text.txt", "--out", str(tmp_path / "c"), "--tokenizer=chars", capsys=capsys)
     assert letters["vocab_size"] == len(set(sentences())) + 1 != prepared["vocab_size"]
 

@@ -19,7 +19,22 @@ TIERS = [
         *("distributed", "rendezvous", "watch", "launch", "strategy", "exact"),
     ],
     ["model"],
-    ["config", "recipe", "tokenizer", "errors", "hub", "download", "manifest", "paths", "seeds", "tensors", "__init__"],
+    [
+        *(
+            "config",
+            "recipe",
+            "tokenizer",
+            "words",
+            "errors",
+            "hub",
+            "download",
+            "manifest",
+            "paths",
+            "seeds",
+            "tensors",
+        ),
+        "__init__",
+    ],
 ]
 """From the top of the hill down: a module imports from its own tier and those below."""
 

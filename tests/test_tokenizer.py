@@ -14,8 +14,11 @@ import pytest
 import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from gpt2lab import tokenizer as module
+from gpt2lab import words
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.tokenizer import END_OF_TEXT, Tokenizer, is_learned, open_tokenizer
 
@@ -182,14 +185,138 @@ def test_only_the_half_that_is_refused_is_named(name: str) -> None:
         KINDS[name]().encode("a café \udcff\n")
 
 
-# --- Pieces -----------------------------------------------------------------------------------------------------------
-
-
-NEAR_CUTS = ["a\nb", "é.\n1", "a\n'", "\n\n", "'s", *"a \n\r\t1.\x1c\x85\u2028"]
+# --- The library's ids, without the library ---------------------------------------------------------------------------
 
 
 def in_one_go(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer._backend.encode(text, add_special_tokens=False).ids)
+
+
+NOT_TOLD_APART = ["日本", "、", "\u3000", "가", "\uff21", "\uff11", "🙂", "\U0001d7d8", "\U00020000", "\U000e0001"]
+NEAR_ENDS = [
+    "'s",
+    "'",
+    "re",
+    "a",
+    "é",
+    "\u0301",
+    "1",
+    "½",
+    ".",
+    "\0",
+    " ",
+    "  ",
+    "\n",
+    "\r",
+    "\x1c",
+    "\x85",
+    "\u180e",
+    "\u2028",
+]
+
+
+@cache
+def mixed() -> Tokenizer:
+    """One that has merged across scripts, so that a word cut in two has other ids."""
+    return Tokenizer.train_bpe([f"{a}{b}\n" * 9 for a in "aé1½.!" for b in NOT_TOLD_APART], 700)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixed", "bytes"])
+def test_the_ids_are_the_librarys(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else (KINDS | {"mixed": mixed})[name]()
+
+    @settings(max_examples=200)
+    @given(st.lists(st.sampled_from(NEAR_ENDS + NOT_TOLD_APART)).map("".join) | ANY_TEXT)
+    @example("\n".join(a + b for a in "aé1½.!" for b in NOT_TOLD_APART))
+    def check(text: str) -> None:
+        assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text)
+        assert tokenizer.encode(text).dtype == "int32"
+
+    check()
+
+
+@given(st.text("".join(sorted(set().union(*TEXTS)))))
+def test_the_ids_of_characters_are_the_librarys(text: str) -> None:
+    tokenizer = KINDS["chars"]()
+    assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text)
+
+
+EVERY_CHARACTER = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+
+
+def test_all_white_space_is_told_apart_and_is_white_space_to_python() -> None:
+    """What is not told apart must not be white space, and no safe cut may follow white space."""
+    spaces = pre_tokenizers.Split(Regex(r"\s"), "removed", invert=True).pre_tokenize_str(EVERY_CHARACTER)
+    found = {char for char, _ in spaces}
+    assert {" ", "\x85", "\u2028", "\u3000"} < found and "\x1c" not in found
+    assert all(ord(char) < words._KNOWN and re.fullmatch(r"\s", char) for char in found)
+
+
+def test_every_character_that_is_told_apart_is_split_as_the_library_splits_it() -> None:
+    library = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = EVERY_CHARACTER[: words._KNOWN]
+    text = "".join(f"a{char}1{char}!{char}'{char} {char}x\n" for char in known)
+    ours = [match.span() for match in words.word_pattern().finditer(text)]
+    theirs = [span for _, span in library.pre_tokenize_str(text)]
+    assert len(ours) > 8 * len(known) and ours == theirs
+    as_python_has_it = re.compile(r" ?[^\W\d_]+|'(?:[stmd]|re|ve|ll)| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+    assert [match.span() for match in as_python_has_it.finditer(text)] != theirs
+
+
+def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "MOST", 5)
+    monkeypatch.setattr(words, "LONGEST", 9)
+    tokenizer = Tokenizer.train_bpe([STORY], 280)
+    text = STORY + "abcdefghi " + "abcdefghij " * 3
+    sizes, table = [], tokenizer._encode._table
+    for word in text.split(" "):
+        assert tokenizer.encode(word).tolist() == in_one_go(tokenizer, word)
+        sizes.append(len(table))
+        assert all(len(kept) <= 9 for kept in table)
+    assert max(sizes) == 5 and sizes != sorted(sizes)
+    assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text)
+
+
+@pytest.mark.parametrize("letter", ["x", "日", "'", " ", "\n"])
+def test_a_very_long_word(letter: str) -> None:
+    text = letter * (1_000_000 if letter == "x" else 200_000)
+    assert small().decode(small().encode(text)) == text
+
+
+def test_kinds_that_look_like_ours_go_to_the_library(tmp_path: Path) -> None:
+    by_bytes = json.loads(Tokenizer.bytes().to_json())["model"]["vocab"]
+    no_bytes = Backend(models.BPE(vocab=by_bytes, merges=[], unk_token="a"))
+    no_bytes.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    unknown = Backend(models.WordLevel(vocab={"a": 0, "?": 1, END_OF_TEXT: 2}, unk_token="?"))
+    unknown.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    removed = Backend(models.WordLevel(vocab={"a": 0, END_OF_TEXT: 1}))
+    removed.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "removed")
+    unsplit = Backend(models.BPE(vocab=by_bytes | {"Ġ a": 257, "aĠ": 258}, merges=[("a", "Ġ")]))
+    unsplit.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for backend, text, ids in (
+        (no_bytes, "aéa", [97, 233, 97]),
+        (unknown, "aba", [0, 1, 0]),
+        (removed, "aaa", []),
+        (unsplit, "a a", [258, 97]),
+    ):
+        backend.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text) == ids
+
+
+def test_merges_that_are_left_out_by_chance_are_not(tmp_path: Path) -> None:
+    state = json.loads(small().to_json())
+    state["model"]["dropout"] = 0.5
+    by_chance = Backend.from_str(json.dumps(state))
+    assert len({tuple(by_chance.encode(STORY).ids) for _ in range(5)}) == 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    assert Tokenizer.load(tmp_path).encode(STORY).tolist() == small().encode(STORY).tolist()
+
+
+# --- Pieces -----------------------------------------------------------------------------------------------------------
+
+
+NEAR_CUTS = ["a\nb", "é.\n1", "a\n'", "\n\n", "'s", *"a \n\r\t1.\x1c\x85\u2028"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe", "bytes"])
@@ -205,7 +332,7 @@ def test_cutting_a_text_into_pieces_changes_nothing(
     @example(STORY)
     def check(text: str) -> None:
         assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text)
-        pieces.append(list(module._pieces(text)))
+        pieces.append(list(module.pieces([text])))
         assert "".join(pieces[-1]) == text
 
     pieces: list[list[str]] = []
@@ -214,6 +341,9 @@ def test_cutting_a_text_into_pieces_changes_nothing(
 
 
 CUTS = {
+    "before an apostrophe's letter": r"'(?=s)",
+    "after a sign": r"\.(?=\.)",
+    "in white space": r"\s(?=[ \n])",
     "between a newline and spaces": r"\n(?=  )",
     "in a row of newlines": r"\n(?=\n)",
     "after a space": r" (?=\S)",
@@ -223,7 +353,7 @@ CUTS = {
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_other_cuts_would_change_something(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "the end \n the cat\n\n\n the mat\n  the hat" * 4
+    text = "the end \n the cat's\n\n\n the mat...\n  the hat" * 4
     tokenizer = Tokenizer.train_bpe([text * 20, "\n\n\n \n  \n"], 400)
     monkeypatch.setattr(module, "_PIECE", 4)
     assert tokenizer.encode(text).tolist() == in_one_go(tokenizer, text)
@@ -233,8 +363,31 @@ def test_other_cuts_would_change_something(cut: str, monkeypatch: pytest.MonkeyP
 
 def test_a_text_longer_than_a_piece_is_cut(gpt2: Tokenizer, data_folder: Path) -> None:
     text = (data_folder / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")[:400_000]
-    assert len(list(module._pieces(text))) > 3
+    assert len(list(module.pieces([text]))) == 3
     assert gpt2.encode(text).tolist() == in_one_go(gpt2, text)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.text("ab 1.\n", max_size=9)), st.lists(st.integers(0, 200)))
+@example(["a" * 50, " b"], [1, 2, 3])
+@example(["a " * 50], list(range(0, 100, 7)))
+def test_where_the_parts_of_a_text_end_changes_no_piece(texts: list[str], ends: list[int]) -> None:
+    text = "".join(texts)
+    ends = [0, *sorted(min(end, len(text)) for end in ends), len(text)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE", 4)
+        patch.setattr(module, "_LONGEST_PIECE", 12)
+        pieces = list(module.pieces([text]))
+        assert list(module.pieces(text[a:b] for a, b in pairwise(ends))) == pieces
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 12
+    assert all(len(piece) >= 4 for piece in pieces[:-1])
+
+
+def test_a_text_that_cannot_be_cut_safely_is_cut_all_the_same() -> None:
+    lengths = [len(piece) for piece in module.pieces(["x" * 700_000] * 3)]
+    assert lengths == [1 << 20, 1 << 20, 2_100_000 - (1 << 21)]
+    assert [len(piece) for piece in module.pieces(["x" * 1_000_000])] == [1_000_000]
+    assert list(module.pieces([])) == [""]
 
 
 def test_documents_do_not_run_into_each_other() -> None:

@@ -206,6 +206,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "one recipe on one process and on several, started every way: the same curve, and what each costs",
             "steps processes",
         ),
+        (
+            "tokenise",
+            "text to ids on disk: ours, and datasets.map with tiktoken and with tokenizers",
+            "processes",
+        ),
     ):
         command = add(what, commands.bench, help_, into=benches)
         command.set_defaults(what=what)
@@ -215,6 +220,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             command.add_argument("--lengths", type=int, nargs="+", help="tokens in a sequence, at least two of them")
         if what == "strategies":
             command.add_argument("--recipe", metavar="FILE", help="what to train (default: a small model on a CPU)")
+        elif what == "tokenise":
+            command.add_argument("--files", nargs="+", metavar="FILE", help="text, also .gz (default: the local books)")
+            command.add_argument("--tokenizer", help="gpt2, or a folder (default: gpt2)")
         else:
             command.add_argument("--device", choices=("auto", "cpu", "cuda"))
             command.add_argument("--precision", choices=("auto", "fp32", "bf16"))
@@ -230,13 +238,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "tokenise text once into shards, to train from with data.source=DIR",
         into=data,
     )
-    prepare.add_argument("source", metavar="SOURCE", help="python-docs, tinyshakespeare, a text file or a folder")
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a file, a folder, a pattern of files, - for stdin, python-docs or tinyshakespeare",
+    )
     prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    prepare.add_argument("--validation", metavar="SOURCE", help="text to validate on (default: a tenth of the source)")
+    prepare.add_argument(
+        "--fields", nargs="+", default=(), metavar="NAME", help="columns or keys that hold the text (default: guessed)"
+    )
+    prepare.add_argument(
+        "--on-fault",
+        choices=("skip", "stop"),
+        default="skip",
+        help="what to do with what is not text (default: %(default)s)",
+    )
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a core)")
+    prepare.add_argument(
+        "--part", default="1/1", metavar="I/N", help="one of N parts that machines share out; they may use one folder"
+    )
     prepare.add_argument(
         "--tokenizer", default="bytes", help="bytes, chars, bpe:N, gpt2 or a folder (default: %(default)s)"
     )
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect = add("inspect", commands.data_inspect, "what is in a folder of shards", into=data)
+    inspect = add(
+        "inspect",
+        commands.data_inspect,
+        "the doctor: what is in a folder of shards, and what is wrong with it",
+        into=data,
+    )
     inspect.add_argument("path", metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -214,12 +214,13 @@ def _show_map(found: Any, as_json: bool, **more: Any) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from gpt2lab.bench import attention, experts, strategies
+    from gpt2lab.bench import attention, experts, strategies, tokenise
 
     known: dict[str, tuple[Any, Any, Any]] = {
         "attention": (attention.AttentionBench, attention.bench_attention, attention.table),
         "experts": (experts.ExpertsBench, experts.bench_experts, experts.table),
         "strategies": (strategies.StrategiesBench, strategies.bench_strategies, strategies.table),
+        "tokenise": (tokenise.TokeniseBench, tokenise.bench_tokenise, tokenise.table),
     }
     settings, measure, table = known[arguments.what]
     given = {field.name: vars(arguments).get(field.name) for field in fields(settings)}
@@ -232,17 +233,32 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def data_prepare(arguments: argparse.Namespace) -> None:
     from gpt2lab.config import DataConfig
-    from gpt2lab.data.shards import prepare
+    from gpt2lab.data.prepare import parse_part, prepare_part
 
-    _show_data(
-        prepare(DataConfig(source=arguments.source), arguments.tokenizer, folder=Path(arguments.out)), arguments.json
+    config = DataConfig(
+        source=arguments.source,
+        validation=arguments.validation,
+        fields=tuple(arguments.fields),
+        on_fault=arguments.on_fault,
     )
+    out, part = Path(arguments.out), parse_part(arguments.part)
+    prepared = prepare_part(config, arguments.tokenizer, out, part, arguments.workers, console().progress)
+    if prepared is None:
+        print(f"part {arguments.part} is done, in {out}.part; whoever does the last part finishes {out}")
+    else:
+        _show_data(prepared, arguments.json)
 
 
 def data_inspect(arguments: argparse.Namespace) -> None:
-    from gpt2lab.data.shards import open_prepared
+    from gpt2lab.data.doctor.advice import as_dict, describe
+    from gpt2lab.data.doctor.inspect import inspect
+    from gpt2lab.data.prepare import open_prepared
 
-    _show_data(open_prepared(Path(arguments.path)), arguments.json)
+    findings = inspect(open_prepared(Path(arguments.path)))
+    if arguments.json:
+        _print_json(as_dict(findings))
+    else:
+        print(describe(findings))
 
 
 def _show_data(prepared: Any, as_json: bool) -> None:
@@ -255,6 +271,14 @@ def _show_data(prepared: Any, as_json: bool) -> None:
         print(
             f"{name:10} {split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes of text"
         )
+    for kind, count in summary["read_as"].items():
+        print(f"read       {count:,} {'file' if count == 1 else 'files'} as {kind}")
+    for reason, size in summary["skipped_by_reason"].items():
+        first = next((row for row in summary["skipped"] if row["reason"] == reason), None)
+        at = f"; first {', '.join(filter(None, (first['file'], first['where'])))}" if first else ""
+        print(f"left out   {size:,} bytes: {reason}{at}")
+    print(f"account    {summary['bytes_in']:,} bytes in = {summary['bytes_tokenised']:,} tokenised", end=" ")
+    print(f"+ {summary['bytes_skipped']:,} left out")
     print(f"example    {summary['example']!r}")
 
 

@@ -143,7 +143,12 @@ class DataConfig:
     """What text."""
 
     source: str = "python-docs"
-    """python-docs (the prose and source of this Python installation), tinyshakespeare, a text file, a folder, or shards."""
+    """python-docs (the prose and source of this Python installation), tinyshakespeare, a file, a folder, a pattern such as
+    "books/*.jsonl.zst", - for standard input, or prepared shards."""
+    fields: tuple[str, ...] = ()
+    """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
+    on_fault: Literal["skip", "stop"] = "skip"
+    """What is not text where text should be (bad bytes, broken records, binary files): leave it out and say so, or stop."""
     validation: str | None = None
     """Text to validate on, like source. None: a tenth of the source is held out, whole documents where there are many."""
     validation_tokens: Count | None = None

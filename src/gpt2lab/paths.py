@@ -32,23 +32,41 @@ def write_whole(path: Path, text: str) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that takes the place of `folder` at the end: after a crash at any point, that is whole or not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.before.part")
+    aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    if before.exists() and not folder.exists():  # the one before us died between two renames
-        before.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    recover(folder)
     aside.mkdir()
     try:
         yield aside
-        for path in (*aside.iterdir(), aside):
-            sync(path)
+        put_in_place(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, folder: Path) -> None:
+    """Let a folder that was filled aside take the place of another, if there is one; both are on the same disk."""
+    recover(folder)
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    try:
         if folder.exists():
-            folder.rename(before)
+            folder.rename(_before(folder))
         aside.rename(folder)
         sync(folder.parent)
     finally:
-        for left in (aside, before):
-            shutil.rmtree(left, ignore_errors=True)
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Undo what one that died between the two renames of `put_in_place` left behind."""
+    if (before := _before(folder)).exists() and not folder.exists():
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _before(folder: Path) -> Path:
+    """Where the old folder is while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.before.part")
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Text to token ids and back: bytes, characters, byte-pair encoding of one's own text, and GPT-2's.
 
 All four are one class around the `tokenizers` library and are saved as its ``tokenizer.json``, which other programs read.
+The ids are the library's; most of them come from tables, which is several times as fast.
 Text is always ordinary text: "<|endoftext|>" in it is spelled out in tokens, and only we put the real separator between
 documents.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as Backend
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.hub import fetch
 from gpt2lab.paths import local_copy
+from gpt2lab.words import WordTable
 
 GPT2_ON_HUB = "openai-community/gpt2"
 END_OF_TEXT = "<|endoftext|>"
@@ -27,9 +29,18 @@ FILE = "tokenizer.json"
 PAIRS = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")]  # Hugging Face's names, and OpenAI's
 LARGEST_FILE = 64 * 2**20
 
-_PIECE = 1 << 16  # characters encoded at once; pieces are encoded in parallel
+_PIECE = 1 << 17  # characters encoded at once, up to twice as many where a text ends
+_LONGEST_PIECE = 1 << 20  # without a safe cut; one that is longer is cut all the same, and its ids may be others there
 _ANY_CHARACTER = r"[\s\S]"
-_SAFE_CUT = re.compile(r"\S\n(?=\S)")  # GPT-2's pattern always ends a token between this newline and what follows
+_EACH = pre_tokenizers.Split(Regex(_ANY_CHARACTER), "isolated")
+_NO_IDS = np.zeros(0, np.int32)
+
+# Where GPT-2's pattern always ends a token, whatever stands around: before white space that follows something else, and
+# after a letter or a digit that another kind follows. No token goes across: white space stands only first in a token, and
+# after a letter or digit comes only its like. Tokens before the cut are the same without what follows: only \s+(?!\S) looks
+# ahead, and it looks at what comes after white space, while here something else stands before the cut. None looks behind.
+# Python's \S is narrower than the library's; the rest is ASCII, which is the same everywhere.
+_SAFE_CUT = re.compile(r"\S(?=[ \n])|[A-Za-z0-9](?=[!-/:-@\[-`{-~])")
 
 
 class Tokenizer:
@@ -41,7 +52,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend) -> None:
-        ids = sorted(backend.get_vocab().values())
+        vocab = backend.get_vocab()
+        ids = sorted(vocab.values())
         end_of_text = backend.token_to_id(END_OF_TEXT)
         if ids != list(range(len(ids))) or end_of_text is None:
             raise DataError(
@@ -50,14 +62,14 @@ class Tokenizer:
                 fix="give a GPT-2 style vocabulary, without gaps",
             )
         self._backend = backend
+        self._encode = _fastest_way(backend, vocab)
         self.vocab_size = len(ids)
         self.end_of_text = int(end_of_text)
 
     @classmethod
     def bytes(cls) -> Tokenizer:
         """The 256 bytes, each its own id, and the separator as 256."""
-        vocab = {char: byte for byte, char in _byte_characters().items()} | {END_OF_TEXT: 256}
-        return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), split=False))
+        return cls(_byte_level(_bytes_alone(), split=False))
 
     @classmethod
     def chars(cls, texts: Iterable[str]) -> Tokenizer:
@@ -65,7 +77,7 @@ class Tokenizer:
         characters = sorted(set().union(*texts))
         vocab = {char: index for index, char in enumerate(characters)} | {END_OF_TEXT: len(characters)}
         backend = Backend(models.WordLevel(vocab=vocab))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(_ANY_CHARACTER), "isolated")
+        backend.pre_tokenizer = _EACH
         backend.decoder = decoders.Fuse()
         return cls(backend)
 
@@ -81,9 +93,9 @@ class Tokenizer:
             raise ConfigError("vocabulary too small", cause=cause, fix="ask for 257 or more")
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=sorted(_byte_characters().values()), show_progress=False
+            vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_characters().values()), show_progress=False
         )
-        backend.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        backend.train_from_iterator((piece for text in texts for piece in pieces([text])), trainer)
         model = json.loads(backend.to_str())["model"]
         vocab = model["vocab"] | {END_OF_TEXT: len(model["vocab"])}
         return cls(_byte_level(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in model["merges"]])))
@@ -140,22 +152,17 @@ class Tokenizer:
         return self.encode_documents([text])[0]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text. Long texts are cut where that changes nothing, and pieces are encoded in parallel."""
-        pieces = [(index, piece) for index, text in enumerate(texts) for piece in _pieces(text)]
+        """Token ids of each text. Long texts are cut where that changes nothing."""
         try:
-            encoded = self._backend.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
-        except (
-            Exception
-        ):  # half a surrogate pair, or the library's bare Exception: a WordLevel model met an unknown word
+            return [np.concatenate([_NO_IDS, *map(self._encode, pieces([text]))]) for text in texts]
+        except Exception:  # half a surrogate pair, an unknown character, or the library's bare Exception for either
             unknown = self._unknown(set().union(*texts))[:5]
+            if not unknown:
+                raise
             cause = f"this tokenizer has never seen {', '.join(map(ascii, unknown))}"
             raise DataError(
                 "unknown character", cause=cause, fix="leave it out, or train with tokenizer: bytes"
             ) from None
-        ids: list[list[np.ndarray]] = [[] for _ in texts]
-        for (index, _), encoding in zip(pieces, encoded, strict=True):
-            ids[index].append(np.array(encoding.ids, dtype=np.int32))
-        return [np.concatenate(parts) if parts else np.zeros(0, np.int32) for parts in ids]
 
     def _unknown(self, characters: set[str]) -> list[str]:
         """Those that cannot be encoded: half surrogate pairs, or else what a vocabulary of characters lacks."""
@@ -196,11 +203,19 @@ def is_learned(name: str) -> bool:
     return name == "chars" or name.startswith("bpe:")
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """GPT-2's spelling of the 256 bytes as printable characters: those that print stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    return {char: byte for byte, char in byte_characters().items()} | {END_OF_TEXT: 256}
+
+
+def _bytes_alone() -> models.Model:
+    return models.BPE(vocab=_byte_vocabulary(), merges=[])
 
 
 def _byte_level(model: models.Model, *, split: bool = True) -> Backend:
@@ -223,21 +238,78 @@ def _without_specials(backend: Backend) -> Backend:
     if state["normalizer"] is not None or not (ours or gpt2s):
         cause = f"it changes text, or splits it by another rule than GPT-2's ({splitter.get('type')})"
         raise DataError("another kind of tokenizer", where=FILE, cause=cause, fix="give one of GPT-2's kind")
-    vocab = state["model"].get("vocab")
-    if isinstance(vocab, dict):
-        vocab |= {token["content"]: token["id"] for token in state["added_tokens"]}
-    return Backend.from_str(
-        json.dumps(state | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
-    )
+    model = state["model"]
+    if isinstance(model.get("vocab"), dict):
+        model = model | {"vocab": model["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}}
+    if model.get("dropout"):
+        model = model | {"dropout": None}  # leaves merges out by chance; a text has the same ids every time
+    plain = dict.fromkeys(["post_processor", "truncation", "padding"])
+    cleaned = state | {"model": model, "added_tokens": []} | plain
+    return backend if cleaned == state else Backend.from_str(json.dumps(cleaned))
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
+def pieces(parts: Iterable[str]) -> Iterator[str]:
+    """The text of `parts`, one after the other, in pieces to encode by themselves; how it came in parts changes nothing.
+
+    Yields:
+        At least one piece, an empty one of no text.
+    """
+    rest, parts_since, size = "", list[str](), 0
+    for part in parts:
+        parts_since.append(part)
+        size += len(part)
+        if size >= _PIECE:  # not after each of many small parts: all that is held is searched again
+            *whole, rest = _cut("".join([rest, *parts_since]))
+            yield from whole
+            parts_since, size = [], 0
+    yield from _cut("".join([rest, *parts_since]))
+
+
+def _cut(text: str) -> list[str]:
+    """Pieces of a text; only the last may become another when more follows."""
+    start, cut_off = 0, list[str]()
     while len(text) - start > 2 * _PIECE:
-        cut = _SAFE_CUT.search(text, start + _PIECE)
-        if cut is None:
+        found = _SAFE_CUT.search(text, start + _PIECE, start + _LONGEST_PIECE)
+        if found is None and len(text) - start <= _LONGEST_PIECE:
             break
-        yield text[start : cut.end()]
-        start = cut.end()
-    if start < len(text):
-        yield text[start:]
+        end = found.end() if found else start + _LONGEST_PIECE
+        cut_off.append(text[start:end])
+        start = end
+    return [*cut_off, text[start:]]
+
+
+def _fastest_way(backend: Backend, vocab: dict[str, int]) -> Callable[[str], np.ndarray]:
+    """What gives the ids, int32, that the library would, without its help where it can."""
+
+    def ask(text: str) -> list[int]:
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    model, splitter = backend.model, backend.pre_tokenizer
+    byte_level = isinstance(splitter, pre_tokenizers.ByteLevel)
+    if byte_level and vocab == _byte_vocabulary() and _state(model) == _state(_bytes_alone()):
+        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    if isinstance(model, models.WordLevel) and model.unk_token not in vocab and _state(splitter) == _state(_EACH):
+        return _look_up(vocab)
+    if byte_level and splitter.use_regex:
+        return WordTable(ask)
+    return lambda text: np.array(ask(text), np.int32)
+
+
+def _look_up(vocab: dict[str, int]) -> Callable[[str], np.ndarray]:
+    """The way of a vocabulary of characters: a table from code point to id. KeyError: a character is not in it."""
+    known = {ord(token): token_id for token, token_id in vocab.items() if len(token) == 1}
+    table = np.full(max(known, default=0) + 2, -1, np.int32)  # the last entry is of all that are beyond
+    table[list(known)] = list(known.values())
+
+    def encode(text: str) -> np.ndarray:
+        ids = table[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(table) - 1)]
+        if (ids < 0).any():
+            raise KeyError("a character is not in the vocabulary")
+        return ids
+
+    return encode
+
+
+def _state(part: models.Model | pre_tokenizers.PreTokenizer | None) -> bytes | None:
+    """All that decides what a part of a tokenizer does."""
+    return None if part is None else bytes(part.__getstate__())

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -9,13 +10,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt2lab import cli
-from gpt2lab.config import DataConfig
 from gpt2lab.data import sources
-from gpt2lab.data.sources import HELD_OUT, Document, read_corpus, read_documents, read_text
+from gpt2lab.data.sources import Document, read_documents
 from gpt2lab.errors import DataError
 
 BAD = Path(__file__).parents[1] / "bad"
@@ -54,37 +52,54 @@ def test_bad_text_files(
 
 
 def test_the_folder_of_bad_text_files_is_there() -> None:
-    assert len(list(BAD.glob("*.txt"))) == len(list(BAD.glob("*.expected"))) >= 7
+    assert len(list(BAD.glob("*.txt"))) == len(list(BAD.glob("*.expected"))) >= 6
 
 
 def test_a_file_is_one_document_with_its_text_as_it_is(tmp_path: Path) -> None:
     folder = Path(write(tmp_path, {"a.txt": "\ufeffcafé\r\nb \n", "b.txt": "café\r\nb \n", "c.txt": "b\ufeff"}))
     assert read_documents(str(folder / "a.txt")) == [Document("a.txt", "café\r\nb \n")]
-    assert read_text(folder / "a.txt") == read_text(folder / "b.txt") != read_text(folder / "c.txt") == "b\ufeff"
+    assert read_documents(str(folder / "c.txt")) == [Document("c.txt", "b\ufeff")]
 
 
-def test_a_folder_is_its_text_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_a_folder_is_its_texts_in_the_order_of_their_names(tmp_path: Path) -> None:
     files = {
         "b.txt": "b",
         "a/z.md": "z",
         "a/b.PY": "p",
         ".hidden/x.txt": "x",
         "a/.x.txt": "x",
-        "c.png": "x",
+        "c.png": "\x89PNG\r\n\x1a\n\0\0",
         "e.txt": "",
     }
     documents = read_documents(write(tmp_path, files))
     assert documents == [Document("a/b.PY", "p"), Document("a/z.md", "z"), Document("b.txt", "b")]
 
 
-def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": "a", "b/c.txt": "b\0"})
-    assert f"({tmp_path / 'b/c.txt'}): a NUL byte at offset 1" in complaint(str(tmp_path))
+def test_a_pattern_is_the_files_that_fit(tmp_path: Path) -> None:
+    write(tmp_path, {"a/1.txt": "1", "b/2.txt": "2", "b/2.md": "3", "[x].txt": "4"})
+    assert [d.text for d in read_documents(f"{tmp_path}/*/*.txt")] == ["1", "2"]
+    assert [d.text for d in read_documents(f"{tmp_path}/**/*.txt")] == ["4", "1", "2"]
+    assert [d.text for d in read_documents(f"{tmp_path}/[x].txt")] == ["4"], "a file of that name comes first"
+    assert "no text" in complaint(f"{tmp_path}/*.csv")
 
 
-@pytest.mark.parametrize("files", [{}, {"a.png": "x"}, {"a.txt": ""}], ids=["empty", "no text files", "empty files"])
+def test_standard_input_is_read_twice(tmp_path: Path) -> None:
+    text = "the cat sat on the mat\n" * 50
+    words = [sys.executable, "-m", "gpt2lab", "data", "prepare", "-", "--out", "out", "--json"]
+    done = subprocess.run(words, input=text.encode(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes_tokenised"] == len(text) == json.loads(done.stdout)["bytes_in"]
+
+
+def test_a_fault_in_a_text_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": "a"})
+    (tmp_path / "b.txt").write_bytes(b"fine\nb\xe9d\nfine\n" * 9)
+    assert f"not text ({tmp_path}): b.txt, line 2: not UTF-8" in complaint(str(tmp_path))
+
+
+@pytest.mark.parametrize("files", [{}, {"a.txt": ""}], ids=["empty", "empty files"])
 def test_a_folder_without_text_is_refused(files: dict[str, str], tmp_path: Path) -> None:
-    assert "has no text in it" in complaint(write(tmp_path, files))
+    assert "it has no text in it" in complaint(write(tmp_path, files))
 
 
 def test_what_is_not_there_is_refused() -> None:
@@ -96,68 +111,13 @@ def test_names_that_no_file_can_have_are_refused(name: str) -> None:
     assert "cannot read the text" in complaint(name)
 
 
-# --- What is held out -------------------------------------------------------------------------------------------------
-
-
-def texts(documents: list[Document]) -> list[str]:
-    return [document.text for document in documents]
-
-
-@given(st.lists(st.text("abc \n", min_size=1, max_size=30), min_size=HELD_OUT, max_size=40, unique=True))
-def test_whole_documents_are_held_out(drawn: list[str]) -> None:
-    documents = [Document(f"{i}.txt", text) for i, text in enumerate(drawn)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "read_documents", lambda source: documents)
-        corpus = read_corpus(DataConfig(source="drawn"))
-        renamed = [Document(f"x{i}.txt", text) for i, text in enumerate(reversed(drawn))]
-        patch.setattr(sources, "read_documents", lambda source: renamed)
-        again = read_corpus(DataConfig(source="drawn"))
-    assert corpus.validation and not set(texts(corpus.train)) & set(texts(corpus.validation))
-    assert sorted(texts(corpus.train) + texts(corpus.validation)) == sorted(drawn)
-    held, wanted = sum(map(len, texts(corpus.validation))), sum(map(len, drawn)) // HELD_OUT
-    assert wanted <= held < wanted + 30
-    assert texts(again.validation) == texts(corpus.validation), "names or order decide what is held out"
-
-
-def test_another_text_holds_out_other_documents() -> None:
-    held_out = set()
-    for draw in range(5):
-        documents = [Document(str(i), f"{draw} {i} {'x' * 50}") for i in range(20)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "read_documents", lambda source, documents=documents: documents)
-            held_out.add(tuple(sorted(document.name for document in read_corpus(DataConfig(source="x")).validation)))
-    assert len(held_out) > 1
-
-
-def test_the_twin_of_a_held_out_document_is_not_learned_from(tmp_path: Path) -> None:
-    source = write(tmp_path, {f"{copy}/{i:02}.txt": f"{i:02}" * 50 for i in range(15) for copy in "ab"})
-    corpus = read_corpus(DataConfig(source=source))
-    assert not set(texts(corpus.train)) & set(texts(corpus.validation))
-    assert corpus.validation and len(corpus.train) + len(corpus.validation) == 30
-
-
-def test_of_few_documents_the_last_tenth_of_each_is_held_out(tmp_path: Path) -> None:
-    files = {"a.txt": "0123456789" * 10, "b.txt": "x" * 15}
-    corpus = read_corpus(DataConfig(source=write(tmp_path, files)))
-    assert texts(corpus.train) == ["0123456789" * 9, "x" * 13]
-    assert texts(corpus.validation) == ["0123456789", "xx"]
-
-
-def test_a_validation_text_of_its_own_leaves_the_source_whole(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": "learn" * 10, "b.txt": "validate"})
-    config = DataConfig(source=str(tmp_path / "a.txt"), validation=str(tmp_path / "b.txt"))
-    assert (texts(read_corpus(config).train), texts(read_corpus(config).validation)) == (["learn" * 10], ["validate"])
-
-
 # --- python-docs ------------------------------------------------------------------------------------------------------
 
 HASHES = """
 import hashlib
-from gpt2lab.config import DataConfig
-from gpt2lab.data.sources import read_corpus
-corpus = read_corpus(DataConfig(source="python-docs"))
-for documents in (corpus.train, corpus.validation):
-    print(len(documents), hashlib.sha256(repr([(d.name, d.text) for d in documents]).encode()).hexdigest())
+from gpt2lab.data.sources import read_documents
+documents = read_documents("python-docs")
+print(len(documents), hashlib.sha256(repr([(d.name, d.text) for d in documents]).encode()).hexdigest())
 """
 
 
@@ -168,15 +128,14 @@ def test_python_docs_are_the_same_bytes_in_every_process() -> None:
         capture_output=True,
         text=True,
         check=True,
-    ).stdout.splitlines()
-    corpus = read_corpus(DataConfig(source="python-docs"))
+    ).stdout.strip()
+    documents = read_documents("python-docs")
 
     def line(documents: list[Document]) -> str:
         named = [(document.name, document.text) for document in documents]
         return f"{len(named)} {hashlib.sha256(repr(named).encode()).hexdigest()}"
 
-    assert [line(corpus.train), line(corpus.validation)] == elsewhere
-    assert line(corpus.train[1:]) != line(corpus.train[:-1]) != elsewhere[0]
+    assert line(documents) == elsewhere != line(documents[1:])
 
 
 def test_python_docs_are_prose_and_source_and_no_tests_of_python() -> None:

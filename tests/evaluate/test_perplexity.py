@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
-from gpt2lab.data.shards import open_prepared, write_prepared
-from gpt2lab.data.sources import Corpus, Document
+from gpt2lab.config import DataConfig
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.sources import Document
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.evaluate.perplexity import Perplexity, document_tokens, perplexity, shard_tokens, unigram_perplexity
 from gpt2lab.evaluate.tasks import TASKS, evaluate
@@ -96,8 +97,11 @@ def test_each_document_begins_with_a_separator() -> None:
 
 
 def test_shards_are_cut_at_the_limit_and_their_bytes_in_proportion(tmp_path: Path) -> None:
-    write_prepared(Corpus([Document("a", "abcdefghi"), Document("b", "é" * 5)], []), BYTES, tmp_path / "p")
-    train = open_prepared(tmp_path / "p").train
+    (tmp_path / "text").mkdir()
+    for name, text in (("a", "abcdefghi"), ("b", "é" * 5), ("v", "held out")):
+        (tmp_path / "text" / f"{name}.txt").write_text(text)
+    config = DataConfig(source=f"{tmp_path}/text/[ab].txt", validation=f"{tmp_path}/text/v.txt")
+    train = prepare(config, BYTES, folder=tmp_path / "p").train
     token_ids, num_bytes = shard_tokens(train, BYTES, None)
     assert token_ids.tolist() == [256, *b"abcdefghi", 256, *"ééééé".encode(), 256] and num_bytes == 19
     token_ids, num_bytes = shard_tokens(train, BYTES, 7)

@@ -20,7 +20,16 @@ import torch
 
 import gpt2lab
 from gpt2lab import checkpoint, exact
-from gpt2lab.bench.timing import Measured, Round, at_least, environment, others_cpu_seconds, rate, spread, write_result
+from gpt2lab.bench.timing import (
+    Measured,
+    Round,
+    at_least,
+    environment,
+    rate,
+    spread,
+    strangers_cpu_seconds,
+    write_result,
+)
 from gpt2lab.config import RunConfig
 from gpt2lab.errors import ConfigError, ProcessError
 from gpt2lab.folder import check_folder, read_about, read_stored
@@ -189,10 +198,10 @@ class Bench:
         """The median seconds of a step, each way in turn, round after round; all rounds count."""
         kept = []
         for number in range(1, rounds + 1):
-            others, started = _others_seconds(), time.perf_counter()
+            others, started = strangers_cpu_seconds(), time.perf_counter()
             runs = {way.name: self.train(way, f" round {number}") for way in ways}
             seconds = {name: statistics.median(step_seconds(run)) for name, run in runs.items()}
-            available, after = (time.perf_counter() - started) * (os.cpu_count() or 1), _others_seconds()
+            available, after = (time.perf_counter() - started) * (os.cpu_count() or 1), strangers_cpu_seconds()
             share = None if others is None or after is None else max(0.0, after - others) / available
             kept.append(Round(seconds, share))
         return Measured(kept, [])
@@ -235,12 +244,6 @@ def digest(run: Path) -> str:
     last, _ = checkpoint.latest(run)
     assert last is not None
     return exact.digest(last.weights())
-
-
-def _others_seconds() -> float | None:
-    """CPU time of all that neither we nor the processes that we started have used."""
-    others, times = others_cpu_seconds(), os.times()
-    return None if others is None else others - times.children_user - times.children_system
 
 
 def table(result: dict[str, Any]) -> str:

@@ -145,6 +145,12 @@ def others_cpu_seconds() -> float | None:
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
+def strangers_cpu_seconds() -> float | None:
+    """CPU time of all that neither we nor the processes that we started have used."""
+    others, times = others_cpu_seconds(), os.times()
+    return None if others is None else others - times.children_user - times.children_system
+
+
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     """The power of x that y grows with: the slope of log y against log x, by least squares."""
     log_x, log_y = ([math.log(value) for value in values] for values in (xs, ys))

@@ -1,299 +1,242 @@
-"""Tokenise once, memory-map ever after.
+"""The tokens of a prepared text, read as one long sequence of ids that are right or refused.
 
-A prepared folder holds ``train-00000.bin`` ..., ``validation-00000.bin`` ... and ``prepared.json``. A shard is a magic
-number, the length of its JSON header, the header, and the ids as little-endian uint16 or uint32. Documents follow each
-other, each closed by the tokenizer's end-of-text.
+A split is ``train-00000.bin``, ``train-00001.bin`` ... What opening reads is small whatever the size: the head, the hashes and
+the file's length must fit each other. The ids of a block are checked when the block is first read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import stat
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 
-from gpt2lab.config import DataConfig
-from gpt2lab.data.sources import Corpus, Document, read_corpus
-from gpt2lab.errors import DataError
-from gpt2lab.paths import cache_folder
-from gpt2lab.tokenizer import Tokenizer, is_learned, open_tokenizer
+from gpt2lab.data.shard_format import BLOCK_BYTES, HASH_BYTES, Layout, OpenFile, ShardHeader, shard_layout
+from gpt2lab.errors import DataError, as_lab_error
 
-MAGIC = b"gpt2lab\x01"
-SUMMARY = "prepared.json"
-SHARD_TOKENS = 100_000_000
-_ENCODED_AT_ONCE = 64  # documents
+_SCAN = 2**20  # ids
 
 
-@dataclass(frozen=True)
-class ShardHeader:
-    """What a shard says of itself.
+class ShardFile:
+    """The ids of one file, of our format; others' are subclasses.
+
+    Each read looks whether the file is still the one that was opened; when it is not, it is opened again, must say the
+    same, and its blocks are checked again.
 
     Attributes:
-        dtype: of the ids, "<u2" or "<u4".
-        tokens: ids in it, separators included.
-        documents: documents that end in it.
-        bytes: of UTF-8 text behind it.
-        vocab_size: every id is below it.
-        tokenizer: its fingerprint.
-        sha256: of the ids as they lie in the file.
+        path: the file.
+        layout: what it said when it was opened.
     """
 
-    dtype: str
-    tokens: int
-    documents: int
-    bytes: int
-    vocab_size: int
-    tokenizer: str
-    sha256: str
+    what = "damaged shard"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._place = path, path.absolute()
+        self._close: Callable[[], object] = lambda: None
+        self.layout = self._open()
+
+    @property
+    def fix(self) -> str:
+        """What to do when the file cannot be used."""
+        return f"remove {self.path.parent} and prepare the text again"
+
+    @property
+    def header(self) -> ShardHeader:
+        """What the file says of its ids."""
+        return self.layout.header
+
+    def read_layout(self, file: OpenFile) -> Layout:
+        """Where its ids lie; what the file says of itself fits together.
+
+        Raises:
+            DataError: it does not.
+        """
+        return shard_layout(file)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Ids `start` to `start + length - 1`, read-only, in the file's type.
+
+        Raises:
+            DataError: the file is not what it was, or these ids are not the ones that were written.
+        """
+        self._look()
+        width = int(self.header.dtype[-1])
+        at, size = start * width, length * width
+        block_bytes = self.header.block_bytes or max(1, self.header.size)
+        for block in range(at // block_bytes, -(-(at + size) // block_bytes)):
+            if not self._checked[block]:
+                self.check(block)
+        return np.frombuffer(self._file.read(self.layout.start + at, size), self.header.dtype)
+
+    def check(self, block: int) -> None:
+        """Read a block and compare it with its hash, and its ids with the vocabulary.
+
+        Raises:
+            DataError: it is damaged, with the byte in the file.
+        """
+        header, hashes, first = self.header, self.layout.hashes, self.layout.start
+        start = first + block * header.block_bytes
+        end = first + min(header.size, (block + 1) * (header.block_bytes or header.size))
+        digest, beyond = hashlib.sha256(), -1
+        for at in range(start, end, BLOCK_BYTES):
+            content = self._file.read(at, min(BLOCK_BYTES, end - at))
+            digest.update(content)
+            ids = np.frombuffer(content, header.dtype)
+            if beyond < 0 and ids.max() >= header.vocab_size:
+                beyond = at + int(np.argmax(ids >= header.vocab_size)) * ids.itemsize
+        if hashes is not None and digest.digest() != hashes[block * HASH_BYTES : (block + 1) * HASH_BYTES]:
+            raise self._file.damaged(f"bytes {start} to {end - 1} are not the ids that were written", start)
+        if beyond >= 0:
+            cause = f"there is an id beyond the vocabulary, which has {header.vocab_size}"
+            raise self._file.damaged(cause, beyond)
+        self._checked[block] = True
+
+    def damage(self) -> Iterator[DataError]:
+        """Everything that is wrong with the file, after reading all of it."""
+        try:
+            self._look()
+        except DataError as error:
+            yield error
+            return
+        for block in range(self.header.num_blocks):
+            try:
+                self.check(block)
+            except DataError as error:
+                yield error
+
+    def _open(self) -> Layout:
+        """Open the file, anew where it was open, with all its blocks unchecked."""
+        self._close()
+        self._stamp: tuple[int, ...] = ()  # of no file, so that nothing is read before all is well
+        try:
+            if not stat.S_ISREG(os.stat(self._place).st_mode):
+                raise DataError(self.what, where=str(self.path), cause="it is not a file", fix=self.fix)
+            handle = os.open(self._place, os.O_RDONLY)
+        except OSError as error:
+            raise as_lab_error(error) or self._gone(error) from None
+        self._close = weakref.finalize(self, os.close, handle)
+        self._file, stamp = OpenFile(self.path, handle, self.what, self.fix), _stamp(os.fstat(handle))
+        try:
+            layout = self.read_layout(self._file)
+        except BaseException:
+            self._close()
+            raise
+        self._checked, self._stamp = bytearray(layout.header.num_blocks), stamp
+        return layout
+
+    def _look(self) -> None:
+        """Notice that the file was removed, replaced or written to since it was opened."""
+        try:
+            same = _stamp(os.stat(self._place)) == self._stamp
+        except OSError as error:
+            raise self._gone(error) from None
+        if not same and (self._open() != self.layout or self.layout.hashes is None):
+            self._stamp = ()
+            raise DataError(self.what, where=str(self.path), cause="it was changed while it was in use", fix=self.fix)
+
+    def _gone(self, error: OSError) -> DataError:
+        return DataError(self.what, where=str(self.path), cause=error.strerror or str(error), fix=self.fix)
 
 
 class Shards:
-    """The tokens of one split as one long sequence, mapped from its files, not read into memory."""
+    """The tokens of one split as one long sequence, which is never held in memory.
 
-    def __init__(self, paths: list[Path]) -> None:
-        opened = [_open_shard(path) for path in paths]
-        self.headers = [header for header, _ in opened]
-        self._parts = [ids for _, ids in opened]
-        self._ends = np.cumsum([len(ids) for ids in self._parts])
-        self.bytes = sum(header.bytes for header in self.headers)
-        self.documents = sum(header.documents for header in self.headers)
+    Attributes:
+        headers: what each file says of itself.
+        separator_first: whether end-of-text opens a document; in our shards it closes one.
+    """
+
+    separator_first = False
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._files = self._open(paths)
+        self.headers = [file.header for file in self._files]
+        self._ends = np.cumsum([header.tokens for header in self.headers])
+
+    def _open(self, paths: Sequence[Path]) -> Sequence[ShardFile]:
+        return [ShardFile(path) for path in paths]
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._parts else 0
+        return int(self._ends[-1]) if self._files else 0
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text behind the tokens."""
+        return sum(header.bytes for header in self.headers)
+
+    @property
+    def documents(self) -> int:
+        """Documents in all files."""
+        return sum(header.documents for header in self.headers)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Ids `start` to `start + length - 1` as a fresh int64 array."""
+        """Ids `start` to `start + length - 1` as a fresh int64 array.
+
+        Raises:
+            DataError: they are not the ones that were written, or a file is not the one that was opened.
+        """
+        if start < 0 or length < 0 or start + length > len(self):
+            raise IndexError(f"ids {start} to {start + length - 1} of {len(self)}")
         out, filled = np.empty(length, np.int64), 0
         shard = int(np.searchsorted(self._ends, start, side="right"))
         while filled < length:
             offset = start + filled - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._parts[shard][offset : offset + length - filled]
+            part = self._files[shard].read(offset, min(length - filled, self.headers[shard].tokens - offset))
             out[filled : filled + len(part)] = part
             filled, shard = filled + len(part), shard + 1
         return out
 
+    def document_spans(self, end_of_text: int) -> Iterator[tuple[int, int]]:
+        """Where each document starts, and how many ids it has, separators left out; memory is bounded however long they are.
+
+        The last one may lack its end-of-text, as in files that were not made by us.
+        """
+        start = 0
+        for at in range(0, len(self), _SCAN):
+            ids = self.read(at, min(_SCAN, len(self) - at))
+            for end in (np.flatnonzero(ids == end_of_text) + at).tolist():
+                if end or not self.separator_first:
+                    yield start, end - start
+                start = end + 1
+        if start < len(self) or (self.separator_first and start):
+            yield start, len(self) - start
+
+    def damage(self) -> Iterator[DataError]:
+        """Everything that is wrong with the files, after reading all of them."""
+        for file in self._files:
+            yield from file.damage()
+
+    def verify(self) -> None:
+        """Read everything once.
+
+        Raises:
+            DataError: the first thing that is wrong.
+        """
+        for error in self.damage():
+            raise error
+
     @property
     def fingerprint(self) -> str:
-        """A hash of all ids and of the tokenizer that made them."""
+        """A hash of all ids and of the tokenizer that made them, by what the headers say."""
         return hashlib.sha256("".join(h.tokenizer + h.sha256 for h in self.headers).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared text: its tokenizer and its two splits."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    train: Shards
-    validation: Shards
-
-    def summary(self) -> dict[str, Any]:
-        """What is in it, in numbers, and the start of its first sample."""
-        splits = {"train": self.train, "validation": self.validation}
-        counts = {name: {"documents": s.documents, "tokens": len(s), "bytes": s.bytes} for name, s in splits.items()}
-        return {
-            **{total: sum(count[total] for count in counts.values()) for total in ("documents", "tokens")},
-            "bytes_in": sum(count["bytes"] for count in counts.values()),
-            "bytes_tokenised": sum(count["bytes"] for count in counts.values()),
-            "bytes_skipped": 0,
-            "skipped": [],
-            **counts,
-            "vocab_size": self.tokenizer.vocab_size,
-            "example": self.tokenizer.decode(self.train.read(0, min(32, len(self.train)))),
-        }
+def shard_path(folder: Path, split: str, index: int) -> Path:
+    """Where a shard of a split lies."""
+    return folder / f"{split}-{index:05d}.bin"
 
 
-def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
-    """The text of a recipe as shards: found where they were prepared before, or prepared now.
-
-    Args:
-        tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone. None: that of
-            prepared shards, else bytes.
-        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer.
-
-    Raises:
-        DataError: the text cannot be used. ConfigError: no such tokenizer.
-    """
-    if os.path.isfile(os.path.join(config.source, SUMMARY)):
-        prepared = open_prepared(Path(config.source))
-        if config.validation is not None:
-            cause = f"{config.source} is prepared text, which brings its own"
-            raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
-        if folder is not None:
-            fix = "train from it as it is, with data.source"
-            raise DataError("already prepared", where=config.source, cause="it is a folder of shards", fix=fix)
-        refuse_other_tokenizer(prepared, tokenizer)
-        return prepared
-    tokenizer = tokenizer or "bytes"
-    corpus = read_corpus(config)
-    if isinstance(tokenizer, str) and not is_learned(tokenizer):
-        tokenizer = open_tokenizer(tokenizer)
-    if folder is None:
-        folder = cache_folder() / "prepared" / _corpus_key(corpus, tokenizer)
-        if (folder / SUMMARY).is_file():
-            return open_prepared(folder)
-    if isinstance(tokenizer, str):
-        alphabet = corpus.validation if tokenizer == "chars" else []  # its characters must be known too
-        tokenizer = open_tokenizer(tokenizer, (document.text for document in corpus.train + alphabet))
-    write_prepared(corpus, tokenizer, folder)
-    return open_prepared(folder)
-
-
-def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None) -> None:
-    """Refuse shards that were made with another tokenizer than the one that is named.
-
-    Raises:
-        DataError: they were.
-    """
-    if tokenizer is None:
-        return
-    made_with = prepared.tokenizer
-    if isinstance(tokenizer, str) and is_learned(tokenizer):  # from a text that is not at hand: its size has to do
-        differs = tokenizer not in ("chars", f"bpe:{made_with.vocab_size}")
-    else:
-        named = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        differs = named.fingerprint != made_with.fingerprint
-    if differs:
-        cause = f"these shards were made with another tokenizer, of {made_with.vocab_size} tokens"
-        raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave `tokenizer` out")
-
-
-def write_prepared(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenise both splits into `folder`; it appears whole or not at all.
-
-    Raises:
-        DataError: `folder` is there already and is something else.
-    """
-    if folder.exists() and not (folder.is_dir() and ((folder / SUMMARY).exists() or not any(folder.iterdir()))):
-        cause = "it is there, and holds no shards"
-        raise DataError("will not overwrite", where=str(folder), cause=cause, fix="give an empty or a new folder")
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    for left in folder.parent.glob(f"{folder.name}.*.part"):  # by one that was killed
-        pid = left.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        splits = {"train": corpus.train, "validation": corpus.validation}
-        headers = {name: _write_split(aside, name, documents, tokenizer) for name, documents in splits.items()}
-        tokenizer.save(aside)
-        summary = {name: [asdict(header) for header in written] for name, written in headers.items()}
-        (aside / SUMMARY).write_text(json.dumps(summary, indent=1))
-        if (folder / SUMMARY).exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def open_prepared(folder: Path) -> Prepared:
-    """Shards that were prepared before.
-
-    Raises:
-        DataError: a shard is damaged or is not listed, or the tokenizer is another.
-    """
-    try:
-        summary = json.loads((folder / SUMMARY).read_text())
-        listed = {name: [ShardHeader(**row) for row in summary[name]] for name in ("train", "validation")}
-    except FileNotFoundError:
-        fix = "prepare some with `gpt2lab data prepare SOURCE --out DIR`"
-        raise DataError("no prepared text", where=str(folder), cause=f"{SUMMARY} is not there", fix=fix) from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _damaged(folder / SUMMARY, repr(error)) from None
-    tokenizer = Tokenizer.load(folder)
-    splits = {name: Shards([_shard_path(folder, name, i) for i in range(len(rows))]) for name, rows in listed.items()}
-    for name, rows in listed.items():
-        for index, (row, header) in enumerate(zip(rows, splits[name].headers, strict=True)):
-            if row != header or header.tokenizer != tokenizer.fingerprint:
-                cause = "it is not the shard, or not the tokenizer, that was prepared with the others"
-                raise _damaged(_shard_path(folder, name, index), cause)
-    return Prepared(folder, tokenizer, splits["train"], splits["validation"])
-
-
-def _write_split(folder: Path, name: str, documents: list[Document], tokenizer: Tokenizer) -> list[ShardHeader]:
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    headers: list[ShardHeader] = []
-    for index, (ids, ends, size) in enumerate(_fill_shards(_encode(documents, tokenizer))):
-        content = ids.astype(dtype)
-        digest = hashlib.sha256(content.tobytes()).hexdigest()
-        header = ShardHeader(dtype, len(ids), ends, size, tokenizer.vocab_size, tokenizer.fingerprint, digest)
-        encoded = json.dumps(asdict(header)).encode()
-        encoded += b" " * (-(len(MAGIC) + 4 + len(encoded)) % 64)  # the ids start at a multiple of 64 bytes
-        with _shard_path(folder, name, index).open("wb") as file:
-            file.write(MAGIC + len(encoded).to_bytes(4, "little") + encoded)
-            content.tofile(file)
-        headers.append(header)
-    return headers
-
-
-def _encode(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """Each document's ids, closed by end-of-text, with the bytes of text behind them."""
-    for start in range(0, len(documents), _ENCODED_AT_ONCE):
-        texts = [document.text for document in documents[start : start + _ENCODED_AT_ONCE]]
-        for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            yield np.append(ids, np.int32(tokenizer.end_of_text)), len(text.encode())
-
-
-def _fill_shards(documents: Iterable[tuple[np.ndarray, int]]) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Whole documents gathered until a shard is full: ids, documents, bytes. At least one shard, if an empty one."""
-    parts: list[np.ndarray] = []
-    tokens = size = 0
-    written = False
-    for ids, text_bytes in documents:
-        if parts and tokens + len(ids) > SHARD_TOKENS:
-            yield np.concatenate(parts), len(parts), size
-            parts, tokens, size, written = [], 0, 0, True
-        parts.append(ids)
-        tokens, size = tokens + len(ids), size + text_bytes
-    if parts or not written:
-        yield np.concatenate(parts) if parts else np.zeros(0, np.int32), len(parts), size
-
-
-def _open_shard(path: Path) -> tuple[ShardHeader, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(MAGIC) + 4)
-            if start[: len(MAGIC)] != MAGIC:
-                raise _damaged(path, f"it starts with {start[: len(MAGIC)]!r}, not {MAGIC!r}")
-            header = ShardHeader(**json.loads(file.read(min(int.from_bytes(start[len(MAGIC) :], "little"), 2**16))))
-            offset = file.tell()
-        expected = offset + header.tokens * np.dtype(header.dtype).itemsize
-        if path.stat().st_size != expected:
-            raise _damaged(path, f"it has {path.stat().st_size} bytes, its header says {expected}")
-        if not header.tokens:
-            return header, np.zeros(0, header.dtype)
-        ids = np.memmap(path, dtype=header.dtype, mode="r", offset=offset, shape=(header.tokens,))
-        if hashlib.sha256(ids.data).hexdigest() != header.sha256 or ids.max() >= header.vocab_size:
-            raise _damaged(path, "its ids are not the ones that were written")
-        return header, ids
-    except DataError:
-        raise
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-
-
-def _damaged(path: Path, cause: str) -> DataError:
+def damaged(path: Path, cause: str) -> DataError:
+    """What to raise for a list of shards that cannot be used."""
     return DataError(
         "damaged shard", where=str(path), cause=cause, fix=f"remove {path.parent} and prepare the text again"
     )
 
 
-def _shard_path(folder: Path, split: str, index: int) -> Path:
-    return folder / f"{split}-{index:05d}.bin"
-
-
-def _corpus_key(corpus: Corpus, tokenizer: str | Tokenizer) -> str:
-    """A hash of everything that decides the shards: a tokenizer that is learned from the text counts by its name."""
-    digest = hashlib.sha256(MAGIC + (tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint).encode())
-    for documents in (corpus.train, corpus.validation):
-        for document in documents:
-            digest.update(hashlib.sha256(document.text.encode()).digest())
-        digest.update(b"|")
-    return digest.hexdigest()[:32]
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

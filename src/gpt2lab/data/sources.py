@@ -1,36 +1,38 @@
-"""What text: the documents behind a recipe's ``data.source``."""
+"""What text: the files and named texts behind a recipe's ``data.source``, as pieces of documents."""
 
 from __future__ import annotations
 
 import ast
-import codecs
+import atexit
+import glob
 import hashlib
 import os
+import shutil
+import sys
 import sysconfig
+import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from gpt2lab.config import DataConfig
+from gpt2lab.data.formats import Found, read_file
+from gpt2lab.data.records import Piece, Skipped
 from gpt2lab.errors import DataError
 from gpt2lab.paths import cache_folder, local_copy
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
-TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .org .py .pyi .ipynb .c .h .cc .cpp .hpp .cs .css .go .hs .html .htm .java .js .jsx .kt .lua .m "
-    ".ml .php .pl .r .rb .rs .scala .sh .sql .swift .ts .tsx .vim .xml .yaml .yml .toml .ini .cfg .log .srt".split()
-)
-"""Files of a folder that are read as text."""
+STDIN = "-"
 
 _NOT_PROSE = frozenset(  # tables, tests, applications, and what some systems ship as separate packages
     "site-packages dist-packages __pycache__ test tests idlelib turtledemo lib2to3 distutils tkinter encodings ensurepip "
     "pydoc_data msilib __phello__".split()
 )
-HELD_OUT = 10
-"""One part in this many is validation text, where none is named."""
+
+Reading = Callable[[], Iterator[Found | Piece | Skipped]]
+"""Reads a source from its start; each time the same."""
 
 
 @dataclass(frozen=True)
@@ -41,100 +43,109 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Text to learn from and text to validate on."""
+def open_source(source: str, fields: Sequence[str] = ()) -> Reading:
+    """What reads a source: python-docs, tinyshakespeare, a file, a folder, a pattern of files, or - for standard input.
 
-    train: list[Document]
-    validation: list[Document]
-
-
-def read_corpus(config: DataConfig) -> Corpus:
-    """The documents that a recipe names, divided.
+    Args:
+        fields: which columns or keys hold the text; empty: guessed.
 
     Raises:
-        DataError: there is no such source, it is not text, or nothing is in it.
-    """
-    documents = read_documents(config.source)
-    if config.validation is not None:
-        return Corpus(documents, read_documents(config.validation))
-    if len(documents) < HELD_OUT:
-        # The last tenth of each. A cut inside a document, but the validation text still comes after all that was read.
-        cuts = [len(document.text) * (HELD_OUT - 1) // HELD_OUT for document in documents]
-        heads = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
-        tails = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
-        return Corpus(heads, tails)
-    # Whole documents, drawn by a hash of their text, so that neither their names nor their order matter, and a document
-    # that is there twice is not learned from and validated on.
-    by_hash: dict[bytes, list[Document]] = {}
-    for document in documents:
-        by_hash.setdefault(hashlib.sha256(document.text.encode()).digest(), []).append(document)
-    wanted, held_out = sum(len(document.text) for document in documents) // HELD_OUT, []
-    for digest in sorted(by_hash):
-        if wanted <= 0:
-            break
-        held_out += (group := by_hash.pop(digest))
-        wanted -= sum(len(document.text) for document in group)
-    learned = {document.name for group in by_hash.values() for document in group}
-    return Corpus([document for document in documents if document.name in learned], held_out)
-
-
-def read_documents(source: str) -> list[Document]:
-    """Every document of a source: python-docs, tinyshakespeare, a text file, or a folder of them.
-
-    Raises:
-        DataError: as in `read_corpus`.
+        DataError: there is no such source.
     """
     if source == "python-docs":
-        documents = list(_python_docs())
-    elif source == "tinyshakespeare":
-        documents = [Document(source, _tiny_shakespeare())]
+        return _python_docs
+    if source == "tinyshakespeare":
+        text = _tiny_shakespeare()
+        return lambda: iter([Piece(source, text, last=True)])
+    if source == STDIN:
+        files = [(STDIN, _keep_stdin())]
     elif os.path.isdir(source):  # unlike Path.is_dir, never an error
-        documents = list(_folder(Path(source)))
+        folder = Path(source)
+        files = [(path.relative_to(folder).as_posix(), path) for path in _below(folder)]
+    elif glob.has_magic(source) and not os.path.lexists(source):
+        files = [(path, Path(path)) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
     else:
-        documents = [Document(Path(source).name, read_text(Path(source)))]
-    documents = [document for document in documents if document.text]
+        files = [(Path(source).name, Path(source))]
+        _refuse_unreadable(files[0][1])
+    return partial(_read_files, files, fields)
+
+
+def read_documents(source: str, fields: Sequence[str] = ()) -> list[Document]:
+    """Every document of a source that fits into memory; files that are no text are passed over.
+
+    Raises:
+        DataError: there is no such source, no text in it, or a fault in a text.
+    """
+    documents, parts, skipped = list[Document](), list[str](), list[Skipped]()
+    for item in open_source(source, fields)():
+        match item:
+            case Skipped():
+                skipped.append(item)
+                if item.fault and item.where:
+                    raise no_text(source, [item])
+            case Piece():
+                parts.append(item.text)
+                if item.last:
+                    documents += [Document(item.name, "".join(parts))] if any(parts) else []
+                    parts = []
     if not documents:
-        known = "has no text in it (empty files, or endings that are not read as text)"
-        raise DataError("no text", where=source, cause=f"{source} {known}", fix="give a file or a folder with text")
+        raise no_text(source, skipped)
     return documents
 
 
-def read_text(path: Path) -> str:
-    """The text of one UTF-8 file.
+def no_text(source: str, skipped: list[Skipped]) -> DataError:
+    """The error for a source in which nothing is text, or too little of what should be."""
+    fault = next((item for item in skipped if item.fault), None)
+    if fault is None:
+        return DataError("no text", where=source, cause="it has no text in it", fix="give a file or a folder with text")
+    at = f"{fault.file}, {fault.where}" if fault.where else fault.file
+    fix = "convert it to UTF-8, or give a file or a folder with text"
+    return DataError("not text", where=source, cause=f"{at}: {fault.reason}", fix=fix)
+
+
+def _read_files(files: list[tuple[str, Path]], fields: Sequence[str]) -> Iterator[Found | Piece | Skipped]:
+    for name, path in files:
+        try:
+            yield from read_file(path, name, fields)
+        except OSError as error:
+            raise DataError(
+                "cannot read the text", where=str(path), cause=error.strerror or str(error), fix="look at the file"
+            ) from None
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, by their names, byte by byte; what is hidden is left out."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted((path for path in found if path.is_file()), key=lambda path: os.fsencode(path.relative_to(folder)))
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Say that a file cannot be read before anything else is done.
 
     Raises:
-        DataError: it is missing, empty, or not text.
+        DataError: it cannot.
     """
     try:
-        content = path.read_bytes()
+        path.open("rb").close()
     except (OSError, ValueError) as error:
         fix = "give python-docs, tinyshakespeare, or the path of a text file or folder"
         cause = getattr(error, "strerror", None) or str(error)
         raise DataError("cannot read the text", where=f"{path!s:.200}", cause=cause, fix=fix) from None
-    if not content:
-        raise DataError("no text", where=str(path), cause="the file is empty", fix="give a file with text in it")
-    try:
-        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(content) - len(error.object)  # the mark at the start counts too
-        cause = f"byte 0x{content[offset]:02x} at offset {offset} is not UTF-8"
-        raise DataError("not text", where=str(path), cause=cause, fix="convert it to UTF-8, or leave it out") from None
-    if "\0" in text:
-        cause = f"a NUL byte at offset {content.index(0)}"
-        raise DataError("not text", where=str(path), cause=cause, fix="give a text file; this looks like a binary one")
-    return text
 
 
-def _folder(folder: Path) -> Iterator[Document]:
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not hidden and path.suffix.lower() in TEXT_SUFFIXES and path.is_file() and path.stat().st_size:
-            yield Document(relative.as_posix(), read_text(path))
+def _keep_stdin() -> Path:
+    """Standard input, in a file that ends with this process: it is read twice."""
+    handle, path = tempfile.mkstemp(prefix="gpt2lab-stdin-")
+    atexit.register(os.unlink, path)
+    with open(handle, "wb") as kept:
+        shutil.copyfileobj(sys.stdin.buffer, kept)
+    return Path(path)
 
 
-def _python_docs() -> Iterator[Document]:
+def _python_docs() -> Iterator[Found | Piece | Skipped]:
     """The language reference that ``help()`` shows, then the library's source with its documentation inside."""
     library = Path(sysconfig.get_path("stdlib"))
     topics = library / "pydoc_data" / "topics.py"
@@ -142,14 +153,14 @@ def _python_docs() -> Iterator[Document]:
         # The file is one assignment of a literal dict, read as such: nothing of it is run.
         assignment = next(s for s in ast.parse(topics.read_text(encoding="utf-8")).body if isinstance(s, ast.Assign))
         for topic, text in sorted(ast.literal_eval(assignment.value).items()):
-            yield Document(f"topics/{topic}", text)
+            yield Piece(f"topics/{topic}", text, last=True)
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
         generated = relative.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize", "this"))
         if generated or _NOT_PROSE.intersection(relative.parts) or relative.parts[0].startswith("config-"):
             continue
         try:
-            yield Document(relative.as_posix(), path.read_text(encoding="utf-8"))
+            yield Piece(relative.as_posix(), path.read_text(encoding="utf-8"), last=True)
         except UnicodeDecodeError:
             continue  # a few old modules declare another encoding
 

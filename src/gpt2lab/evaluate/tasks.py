@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpt2lab.checkpoint import CONFIG
-from gpt2lab.data.shards import prepare
+from gpt2lab.data.prepare import prepare
 from gpt2lab.data.sources import read_documents
 from gpt2lab.errors import ConfigError
 from gpt2lab.evaluate.perplexity import document_tokens, perplexity, shard_tokens

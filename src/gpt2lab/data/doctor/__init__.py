@@ -1,0 +1,1 @@
+"""The doctor: what is in a prepared text, and what is wrong with it."""

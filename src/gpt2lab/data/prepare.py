@@ -1,0 +1,410 @@
+"""A text to a prepared folder: tokenised once, found again ever after.
+
+A prepared folder holds ``train-00000.bin`` ..., ``validation-00000.bin`` ..., the tokenizer and ``prepared.json``. It grows in
+a folder beside it that ends in ``.part``, one whole shard after another: whoever is killed, or finds the disk full, goes on
+with the first shard that is missing. A shard depends on its documents alone, so several machines can share them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from gpt2lab.config import DataConfig
+from gpt2lab.data.records import Piece
+from gpt2lab.data.shard_format import MAGIC, ShardHeader
+from gpt2lab.data.shard_writer import ShardWriter, finished_shard
+from gpt2lab.data.shards import Shards, damaged, shard_path
+from gpt2lab.data.sources import Reading, no_text, open_source
+from gpt2lab.data.survey import SHARD_CHARS, SPLITS, Division, Survey, divide, shard_name, survey
+from gpt2lab.data.tokenise import cut_safely, tokenise
+from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.paths import cache_folder, put_in_place, write_whole
+from gpt2lab.tokenizer import Tokenizer, is_learned, open_tokenizer
+
+SUMMARY = "prepared.json"
+PLAN = "plan.json"
+MOST_PARTS = 10_000
+MOST_FAULTS = 0.1
+"""Where more of the text than this has faults it is in another encoding, or no text: it is refused, not left out."""
+_WORTH_WORKERS = 2**22
+"""Bytes of text from which on other processes are worth their start."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared text: its tokenizer and its two splits.
+
+    Attributes:
+        account: bytes_in, bytes_tokenised, bytes_skipped, skipped and skipped_by_reason, as found when it was prepared.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Shards
+    validation: Shards
+    account: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """What is in it, in numbers, and the start of its first sample."""
+        splits = {"train": self.train, "validation": self.validation}
+        counts = {name: {"documents": s.documents, "tokens": len(s), "bytes": s.bytes} for name, s in splits.items()}
+        return {
+            **{total: sum(count[total] for count in counts.values()) for total in ("documents", "tokens")},
+            **self.account,
+            **counts,
+            "vocab_size": self.tokenizer.vocab_size,
+            "example": self.tokenizer.decode(self.train.read(0, min(32, len(self.train)))),
+        }
+
+
+@dataclass(frozen=True)
+class Text:
+    """A source, and its validation text if it has one: read once, and shared out.
+
+    Attributes:
+        readings: read again, they must give what was found.
+    """
+
+    readings: list[Reading]
+    found: Survey
+    division: Division
+
+    def parts(self, wanted: Iterable[str]) -> Iterator[Piece]:
+        """The parts of documents that lie in these shards, one after the other; each is named as its shard, ``train-00000``.
+
+        Raises:
+            DataError: the source is no longer what it was.
+        """
+        asked, cuts, shards = frozenset(wanted), self.division.cuts, self.division.shards
+        number = at = 0
+        for piece in (item for reading in self.readings for item in reading() if isinstance(item, Piece)):
+            end = at + len(piece.text)
+            if end > (int(self.found.chars[number]) if number < len(self.found) else 0):
+                raise changed(piece.name)
+            cut = int(cuts[number]) if end else 0
+            sides = [("train", piece.text[: max(0, cut - at)], end >= cut)] if at < cut else []
+            sides += [("validation", piece.text[max(0, cut - at) :], piece.last)] if end > cut else []
+            for split, text, last in sides:
+                if (name := shard_name(split, int(shards[split][number]))) in asked:
+                    yield Piece(name, text, last)
+            number, at = (number + (end > 0), 0) if piece.last else (number, end)
+        if number != len(self.found):
+            raise changed("its end")
+
+
+def read_text(config: DataConfig) -> Text:
+    """The first reading of a recipe's text.
+
+    Raises:
+        DataError: there is no such text, or nothing in it is text.
+    """
+    sources = [source for source in (config.source, config.validation) if source is not None]
+    readings = [open_source(source, config.fields) for source in sources]
+    surveys = [survey(reading(), stop=config.on_fault == "stop") for reading in readings]
+    for source, found in zip(sources, surveys, strict=True):
+        if not len(found) or found.faulty_bytes > MOST_FAULTS * (found.bytes + found.faulty_bytes):
+            raise no_text(source, found.skipped)
+    if config.validation is None:
+        return Text(readings, surveys[0], divide(surveys[0]))
+    held_out = np.repeat([False, True], [len(found) for found in surveys])
+    found = surveys[0] + surveys[1]
+    return Text(readings, found, divide(found, held_out))
+
+
+def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
+    """The text of a recipe as shards: found where they were prepared before, or prepared now.
+
+    Args:
+        tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone. None: that of
+            prepared shards, else bytes.
+        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer.
+
+    Raises:
+        DataError: the text cannot be used. ConfigError: no such tokenizer.
+    """
+    if os.path.isfile(os.path.join(config.source, SUMMARY)) and folder is None:
+        prepared = open_prepared(Path(config.source))
+        if config.validation is not None:
+            cause = f"{config.source} is prepared text, which brings its own"
+            raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
+        refuse_other_tokenizer(prepared, tokenizer)
+        return prepared
+    whole = prepare_part(config, tokenizer, folder)
+    assert whole is not None  # there is but one part
+    return whole
+
+
+def prepare_part(
+    config: DataConfig,
+    tokenizer: str | Tokenizer | None,
+    folder: Path | None,
+    part: tuple[int, int] = (1, 1),
+    workers: int | None = None,
+    progress: Callable[[str], object] = lambda text: None,
+) -> Prepared | None:
+    """Write every n-th shard of a text, from the i-th on; whoever finds all shards there finishes the folder.
+
+    Args:
+        part: i and n; i counts from 1.
+        workers: processes that tokenise; None: one a core, where there is enough to do.
+        progress: is told how far it is, often.
+
+    Returns:
+        None while shards of other parts are missing.
+
+    Raises:
+        DataError, ConfigError: as in `prepare`.
+    """
+    if os.path.isfile(os.path.join(config.source, SUMMARY)):
+        fix = "train from it as it is, with data.source"
+        raise DataError("already prepared", where=config.source, cause="it is a folder of shards", fix=fix)
+    tokenizer = tokenizer or "bytes"
+    if isinstance(tokenizer, str) and not is_learned(tokenizer):
+        tokenizer = open_tokenizer(tokenizer)
+    text = read_text(config)
+    if workers is None:
+        workers = (os.cpu_count() or 1) if text.found.bytes >= _WORTH_WORKERS else 1
+    key = _key(text, tokenizer)
+    folder = folder or cache_folder() / "prepared" / key
+    if not _is_prepared(folder, key):
+        _refuse_to_overwrite(folder)
+        aside = folder.with_name(f"{folder.name}.part")
+        with _alone_at(aside, part):
+            if not _is_prepared(folder, key):  # by a process that was alone before
+                _claim(aside, key, part)
+                if not _write_part(text, tokenizer, key, aside, part, workers, progress):
+                    return None
+                try:
+                    put_in_place(aside, folder)
+                except FileNotFoundError:  # another part, on another machine, was the last as well
+                    if not _is_prepared(folder, key):
+                        raise
+    return open_prepared(folder)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``2/3`` as (2, 3).
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
+    one, _, of = text.partition("/")
+    if one.isdecimal() and of.isdecimal() and 1 <= int(one) <= int(of) <= MOST_PARTS:
+        return int(one), int(of)
+    cause = f"{text!r} is not I/N, with I from 1 to N and N at most {MOST_PARTS}"
+    raise ConfigError("bad part", where="--part", cause=cause, fix="such as 2/3")
+
+
+def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None) -> None:
+    """Refuse shards that were made with another tokenizer than the one that is named.
+
+    Raises:
+        DataError: they were.
+    """
+    if tokenizer is None:
+        return
+    made_with = prepared.tokenizer
+    if isinstance(tokenizer, str) and is_learned(tokenizer):  # from a text that is not at hand: its size has to do
+        differs = tokenizer not in ("chars", f"bpe:{made_with.vocab_size}")
+    else:
+        named = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        differs = named.fingerprint != made_with.fingerprint
+    if differs:
+        cause = f"these shards were made with another tokenizer, of {made_with.vocab_size} tokens"
+        raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave `tokenizer` out")
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Shards that were prepared before.
+
+    Raises:
+        DataError: a shard is damaged or is not listed, or the tokenizer is another.
+    """
+    try:
+        summary = json.loads((folder / SUMMARY).read_text())
+        listed = {split: [ShardHeader(**row) for row in summary[split]] for split in SPLITS}
+        account = dict(summary.get("account") or _account_of(listed))
+    except FileNotFoundError:
+        fix = "prepare some with `gpt2lab data prepare SOURCE --out DIR`"
+        raise DataError("no prepared text", where=str(folder), cause=f"{SUMMARY} is not there", fix=fix) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise damaged(folder / SUMMARY, repr(error)) from None
+    tokenizer = Tokenizer.load(folder)
+    splits = {split: Shards([shard_path(folder, split, i) for i in range(len(rows))]) for split, rows in listed.items()}
+    for split, rows in listed.items():
+        for index, (row, header) in enumerate(zip(rows, splits[split].headers, strict=True)):
+            if row != header or header.tokenizer != tokenizer.fingerprint:
+                cause = "it is not the shard, or not the tokenizer, that was prepared with the others"
+                raise damaged(shard_path(folder, split, index), cause)
+    return Prepared(folder, tokenizer, splits["train"], splits["validation"], account)
+
+
+def changed(where: str) -> DataError:
+    """The error for a source that two readings find different."""
+    cause = f"its second reading differs from its first at {where}"
+    return DataError("the text changed", where="data.source", cause=cause, fix="try again when nobody writes to it")
+
+
+def _write_part(
+    text: Text,
+    tokenizer: str | Tokenizer,
+    key: str,
+    folder: Path,
+    part: tuple[int, int],
+    workers: int,
+    progress: Callable[[str], object],
+) -> bool:
+    """Write the shards of a part that are not there yet; when none of any part is missing, also what closes the folder."""
+    names = [name for split in SPLITS for name in text.division.names(split)]
+    if isinstance(tokenizer, str):
+        tokenizer = _learn(tokenizer, text)
+    tokenizer.save(folder)
+    mine = names[part[0] - 1 :: part[1]]
+    wanted = [name for name in mine if finished_shard(folder / f"{name}.bin", tokenizer) is None]
+    write_shards(text, wanted, tokenizer, folder, workers, progress)
+    if not all((folder / f"{name}.bin").exists() for name in names):
+        return False
+    splits = {split: Shards([folder / f"{name}.bin" for name in text.division.names(split)]) for split in SPLITS}
+    if sum(shards.bytes for shards in splits.values()) != text.found.bytes:
+        raise changed("some place")
+    listed = {split: [asdict(header) for header in shards.headers] for split, shards in splits.items()}
+    write_whole(folder / SUMMARY, json.dumps({"key": key, "account": _account(text.found), **listed}, indent=1))
+    (folder / PLAN).unlink(missing_ok=True)
+    return True
+
+
+def write_shards(
+    text: Text, wanted: list[str], tokenizer: Tokenizer, folder: Path, workers: int, progress: Callable[[str], object]
+) -> None:
+    """Tokenise the documents of these shards, each of which is there for good as soon as it is whole.
+
+    Raises:
+        DataError: the source is no longer what it was, or has a character that the tokenizer has never seen.
+    """
+    writers: dict[str, ShardWriter] = {}
+    done = 0
+    with ExitStack() as unfinished:
+        for part in tokenise(text.parts(wanted), tokenizer, workers):
+            split = part.name.rpartition("-")[0]
+            if split in writers and writers[split].path.stem != part.name:
+                writers.pop(split).finish()
+            if split not in writers:
+                writers[split] = unfinished.enter_context(ShardWriter(folder / f"{part.name}.bin", tokenizer))
+            writers[split].add(part.ids, part.bytes, documents=int(part.last))
+            done += part.bytes
+            progress(f"tokenised {done:,} of {text.found.bytes:,} bytes, {part.name}")
+        for writer in writers.values():
+            writer.finish()
+    for name in wanted:
+        if not (path := folder / f"{name}.bin").exists():  # of a split without documents
+            with ShardWriter(path, tokenizer) as writer:
+                writer.finish()
+
+
+def _learn(kind: str, text: Text) -> Tokenizer:
+    """A tokenizer that is made from the training split; one of characters must know those of the validation text, too."""
+    splits = SPLITS if kind == "chars" else SPLITS[:1]
+    names = [name for split in splits for name in text.division.names(split)]
+    return open_tokenizer(kind, (piece.text for piece in cut_safely(text.parts(names))))
+
+
+def _is_prepared(folder: Path, key: str) -> bool:
+    """Whether a folder holds this text, prepared with this tokenizer."""
+    try:
+        return bool(json.loads((folder / SUMMARY).read_text())["key"] == key)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
+
+@contextmanager
+def _alone_at(folder: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Wait until no other process of this machine writes this part. The lock lies elsewhere: folders are moved, and shared."""
+    name = hashlib.sha256(f"{folder.absolute()} {part}".encode()).hexdigest()[:32]
+    path = cache_folder() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
+        yield
+
+
+def _refuse_to_overwrite(folder: Path) -> None:
+    """Leave alone what is no prepared text.
+
+    Raises:
+        DataError: the folder is there already and is something else.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / SUMMARY).exists() or not any(folder.iterdir()))):
+        cause = "it is there, and holds no shards"
+        raise DataError("will not overwrite", where=str(folder), cause=cause, fix="give an empty or a new folder")
+
+
+def _claim(folder: Path, key: str, part: tuple[int, int]) -> None:
+    """Make an unfinished folder this text's; what an earlier one left in it is removed.
+
+    Raises:
+        DataError: it is something else, or other parts in it are of another text, or there are more or fewer of them.
+    """
+    plan = {"key": key, "parts": part[1]}
+    try:
+        found = json.loads((folder / PLAN).read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if found == plan or (found and found.get("key") == key and part[1] == 1):
+        return
+    if found is not None and part[1] > 1:
+        cause = "another text, tokenizer or number of parts is being prepared there"
+        raise DataError("parts differ", where=str(folder), cause=cause, fix="give all parts the same, or remove it")
+    if (
+        folder.exists()
+        and not {PLAN, SUMMARY} & (names := {path.name for path in folder.iterdir()})
+        and names - {"plan.part"}
+    ):
+        cause = "it is there, and is not what an unfinished preparation leaves"
+        raise DataError(
+            "will not overwrite", where=str(folder), cause=cause, fix="move it away, or give another folder"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_whole(folder / PLAN, json.dumps(plan))
+
+
+def _key(text: Text, tokenizer: str | Tokenizer) -> str:
+    """A hash of everything that decides the shards: a tokenizer that is learned from the text counts by its name."""
+    made = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
+    parts = (MAGIC.hex(), SHARD_CHARS, made, text.found.fingerprint)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _account(found: Survey) -> dict[str, Any]:
+    """Where every byte of the source went."""
+    return {
+        "bytes_in": found.bytes_in,
+        "bytes_tokenised": found.bytes,
+        "bytes_skipped": found.bytes_in - found.bytes,
+        "read_as": dict(found.kinds.most_common()),
+        "skipped_by_reason": dict(sorted(found.skipped_bytes.items())),
+        "skipped": [asdict(item) for item in found.skipped],
+    }
+
+
+def _account_of(listed: dict[str, list[ShardHeader]]) -> dict[str, Any]:
+    """The account of a text that was prepared before accounts were kept: nothing was skipped then, a fault ended it."""
+    size = sum(header.bytes for headers in listed.values() for header in headers)
+    return {
+        "bytes_in": size,
+        "bytes_tokenised": size,
+        "bytes_skipped": 0,
+        "read_as": {},
+        "skipped_by_reason": {},
+        "skipped": [],
+    }
