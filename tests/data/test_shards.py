@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,31 +210,32 @@ def test_what_a_killed_writer_leaves_is_no_shard_and_in_nobodys_way(here: Path) 
     assert [left.name for left in here.iterdir()] == ["a.bin"] and Shards([here / "a.bin"]).headers == [header]
 
 
-@pytest.fixture
-def limit() -> Iterator[Callable[[int, int], None]]:
-    """Lower one of this process's limits, until the test ends."""
-    before = {kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)}
-    yield lambda kind, value: resource.setrlimit(kind, (value, before[kind][1]))
-    for kind, values in before.items():
-        resource.setrlimit(kind, values)
+@contextmanager
+def limit(kind: int, value: int) -> Iterator[None]:
+    """Lower one of this process's limits. Within a test: what reports on it writes files, too."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 @pytest.mark.parametrize("size", [512, 100_000, HEAD_BYTES + 200_000 + 5])
-def test_a_disk_without_room_leaves_nothing_behind(size: int, here: Path, limit: Callable[[int, int], None]) -> None:
-    limit(resource.RLIMIT_FSIZE, size)  # in the head, in the ids, in the hashes
-    with pytest.raises(OSError, match="File too large"):
+def test_a_disk_without_room_leaves_nothing_behind(size: int, here: Path) -> None:
+    """In the head, in the ids, in the hashes."""
+    with limit(resource.RLIMIT_FSIZE, size), pytest.raises(OSError, match="File too large"):
         write(here / "a.bin", np.tile(IDS, 100_000 // len(IDS)))
     assert not list(here.iterdir())
 
 
-def test_a_full_disk_does_not_hide_what_went_wrong_before(here: Path, limit: Callable[[int, int], None]) -> None:
+def test_a_full_disk_does_not_hide_what_went_wrong_before(here: Path) -> None:
     def fail() -> None:
         with ShardWriter(here / "a.bin", BYTES) as writer:
             writer.add(IDS, 19, documents=3)  # still in memory
             raise KeyError("the cause")
 
-    limit(resource.RLIMIT_FSIZE, 512)
-    with pytest.raises(KeyError, match="the cause"):
+    with limit(resource.RLIMIT_FSIZE, 512), pytest.raises(KeyError, match="the cause"):
         fail()
     assert not list(here.iterdir())
 
@@ -405,9 +407,8 @@ def test_what_is_no_file_is_refused(make: Callable[[Path], object], tmp_path: Pa
         Shards([tmp_path / "a.bin"])
 
 
-def test_too_many_open_files_are_no_damage(path: Path, limit: Callable[[int, int], None]) -> None:
-    limit(resource.RLIMIT_NOFILE, 3)
-    with pytest.raises(ResourceError, match="too many open files"):
+def test_too_many_open_files_are_no_damage(path: Path) -> None:
+    with limit(resource.RLIMIT_NOFILE, 3), pytest.raises(ResourceError, match="too many open files"):
         Shards([path])
 
 
