@@ -108,6 +108,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """Optimizer step number ``run.step``, from 1: gradients summed over all passes of all processes, clipped, applied."""
     config, ranks, batches, strategy = run.config, run.ranks, run.batches, run.strategy
     started, index = time.perf_counter(), run.step - 1 + run.shift
+    num_targets = max(1, batches.num_targets(index))
     figures = Figures(batches.passes, config.model, ranks.device)
     for micro_step in range(batches.micro_steps):
         ranks.at(run.step, f"text of pass {micro_step}")
@@ -118,8 +119,8 @@ def train_step(run: Run) -> dict[str, Any]:
         routing = Routing() if config.model.num_experts > 1 else None
         with strategy.one_pass(last=micro_step == batches.micro_steps - 1):
             losses = strategy.module(token_ids, targets, routing=routing)
-            # A sum over tokens, divided by the tokens of the whole step: however the step is split, the loss is the same.
-            loss = losses.sum() / config.batch_tokens
+            # A sum over targets, divided by those of the whole step: however the step is split, the loss is the same.
+            loss = losses.sum() / num_targets
             scored = number < batches.passes
             if routing is not None:  # what keeps the routers even is minimised too, but is no part of the loss reported
                 balance = config.optim.balance_weight * routing.balance_loss + config.optim.z_weight * routing.z_loss
@@ -130,7 +131,7 @@ def train_step(run: Run) -> dict[str, Any]:
             strategy.backward(loss)
     ranks.at(run.step, "gradients")
     grad_norm = strategy.grad_norm().item()
-    row = figures.row(ranks, config.batch_tokens) | {
+    row = figures.row(ranks, num_targets) | {
         "learning_rate": learning_rate(run.step, config.steps, config.optim),
         # An overflow of fp16 is usual, and JSON has no Infinity.
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -167,10 +168,10 @@ class Figures:
             self._table[number, 1], self._table[number, 2] = routing.balance_loss.detach(), routing.z_loss.detach()
             self._table[number, 3:] = torch.cat(routing.counts)
 
-    def row(self, ranks: Ranks, tokens: int) -> dict[str, Any]:
+    def row(self, ranks: Ranks, num_targets: int) -> dict[str, Any]:
         """The step's loss; with experts also both router losses as means, and the tokens of each expert, layer by layer."""
         self._table = ranks.sum(self._table).cpu()
-        row: dict[str, Any] = {"loss": self._table[:, 0].sum().item() / tokens}
+        row: dict[str, Any] = {"loss": self._table[:, 0].sum().item() / num_targets}
         if self._experts:
             balance, z = self._table[:, 1:3].mean(dim=0).tolist()
             counts = self._table[:, 3:].sum(dim=0).long().view(self._layers, self._experts)
@@ -240,7 +241,8 @@ def validate(run: Run) -> dict[str, float]:
         run.model, tokens, config.seq_len, rank=ranks.rank, world_size=ranks.world_size,
         on_batch=lambda: ranks.at(run.step, "validate"),
     )  # fmt: skip
-    result = Perplexity.of(ranks.sum(torch.from_numpy(losses)).numpy(), num_bytes)
+    losses = ranks.sum(torch.from_numpy(losses)).numpy()
+    result = Perplexity.of(losses[run.data.validation.scored(0, len(losses))], num_bytes)
     return {
         "val_loss": result.loss,
         "val_perplexity": result.perplexity,

@@ -29,6 +29,9 @@ class Positions:
         assert start >= 0 and start + length <= self.num_tokens, f"{length} tokens from {start} of {self.num_tokens}"
         return np.arange(start, start + length)
 
+    def scored(self, start: int, length: int) -> np.ndarray:
+        return np.ones(length, bool)
+
 
 def batches(num_tokens: int = 1000, **changes: Any) -> Batches:
     return Batches(Positions(num_tokens), **{"seq_len": 8, "step_samples": 4, "micro_batch": 4, "seed": 1} | changes)

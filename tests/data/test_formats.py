@@ -121,7 +121,7 @@ def test_prompt_and_response_are_kept_apart() -> None:
     }
     assert parts(record, Fields("chat", ("messages",))) == [Part("Why?", False), Part("So.", True)]
     assert parts({"a": "1", "b": "2"}, given_fields(["a", "b"])) == [Part("1", False), Part("2", True)]
-    assert parts({"a": "1"}, given_fields(["a"])) == [Part("1", False)]
+    assert parts({"a": "1"}, given_fields(["a"])) == [Part("1", True)]
 
 
 LINE = b"a line of text that comes again and again\n"

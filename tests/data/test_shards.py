@@ -82,7 +82,7 @@ def test_the_file_is_what_its_format_says(path: Path) -> None:
     assert json.loads(content[40:1024]) == {
         **{"dtype": "<u2", "tokens": len(IDS), "documents": 3, "bytes": len(IDS) - 3, "vocab_size": 257},
         **{"tokenizer": BYTES.fingerprint, "sha256": hashlib.sha256(content[1024 + size :]).hexdigest()},
-        "block_bytes": BLOCK,
+        **{"block_bytes": BLOCK, "prompts": 0},
     }
 
 

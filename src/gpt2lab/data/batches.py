@@ -77,13 +77,17 @@ class Batches:
         first = step * self.step_samples + self.number(micro_step) % self.passes * self.micro_batch
         return [self._start(index) for index in range(first, first + self.micro_batch)]
 
+    def num_targets(self, step: int) -> int:
+        """Targets in a whole step, over all ranks, that are no prompt's. `step` counts from 0."""
+        return sum(int(self.shards.scored(start + 1, self.seq_len).sum()) for start in self.step_starts(step))
+
     def __call__(self, step: int, micro_step: int) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
-        """Inputs and targets of one call: fresh tensors on the CPU. `step` counts from 0."""
-        samples = np.stack(
-            [self.shards.read(start, self.seq_len + 1) for start in self.sample_starts(step, micro_step)]
-        )
-        samples_tensor = torch.from_numpy(samples)
-        token_ids, targets = samples_tensor[:, :-1].clone(), samples_tensor[:, 1:].clone()
+        """Inputs and targets of one call: fresh tensors on the CPU. `step` counts from 0. Tokens of prompts are no targets."""
+        starts = self.sample_starts(step, micro_step)
+        samples = torch.from_numpy(np.stack([self.shards.read(start, self.seq_len + 1) for start in starts]))
+        token_ids, targets = samples[:, :-1].clone(), samples[:, 1:].clone()
+        scored = np.stack([self.shards.scored(start + 1, self.seq_len) for start in starts])
+        targets.masked_fill_(torch.from_numpy(~scored), IGNORE)
         if self.number(micro_step) >= self.passes:  # all ranks call equally often, so that none waits for another
             targets.fill_(IGNORE)
         return token_ids, targets

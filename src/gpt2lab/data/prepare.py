@@ -97,7 +97,7 @@ class Text:
             sides += [("validation", piece.text[max(0, cut - at) :], piece.last)] if end > cut else []
             for split, text, last in sides:
                 if (name := shard_name(split, int(shards[split][number]))) in asked:
-                    yield Piece(name, text, last)
+                    yield Piece(name, text, last, piece.scored)
             number, at = (number + (end > 0), 0) if piece.last else (number, end)
         if number != len(self.found):
             raise changed("its end")
@@ -301,7 +301,7 @@ def write_shards(
                 writers.pop(split).finish()
             if split not in writers:
                 writers[split] = unfinished.enter_context(ShardWriter(folder / f"{part.name}.bin", tokenizer))
-            writers[split].add(part.ids, part.bytes, documents=int(part.last))
+            writers[split].add(part.ids, part.bytes, documents=int(part.last), scored=part.scored)
             done += part.bytes
             progress(f"tokenised {done:,} of {text.found.bytes:,} bytes, {part.name}")
         for writer in writers.values():

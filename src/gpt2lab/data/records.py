@@ -13,11 +13,13 @@ class Piece:
         name: of the document: its file, and where in it, such as ``books.jsonl:17``.
         text: some of its text. Where one piece ends says nothing: it may be inside a word.
         last: whether the document ends here.
+        scored: whether a model is to learn to write it; a prompt is only read.
     """
 
     name: str
     text: str
     last: bool
+    scored: bool = True
 
 
 @dataclass(frozen=True)

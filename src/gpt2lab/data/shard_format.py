@@ -6,7 +6,8 @@ A shard (format 2) is
     32 bytes      sha256 of the rest of the head
     984 bytes     the header as JSON, filled up with spaces
     from 1024     the ids, little-endian uint16 or uint32: np.memmap(path, dtype, "r", 1024, (tokens,))
-    at the end    sha256 of each block of ids, 32 bytes each; the header holds the sha256 of these
+    after them    sha256 of each block of ids, 32 bytes each
+    at the end    first and last id (exclusive) of each prompt, little-endian uint64; the header holds the sha256 of these two
 
 Documents follow each other, each closed by the tokenizer's end-of-text. Format 1 had the length of its header in place of the
 head's hash, and one hash for all ids; it is read as one block.
@@ -27,6 +28,7 @@ MAGIC = b"gpt2lab\x02"
 MAGIC_1 = b"gpt2lab\x01"
 HEAD_BYTES = 1024
 HASH_BYTES = 32
+PROMPT_BYTES = 16
 BLOCK_BYTES = 2**18
 """Small enough that the first sample from a block costs little, large enough that hashes are 1/8000 of the ids."""
 
@@ -42,8 +44,9 @@ class ShardHeader:
         bytes: of UTF-8 text in these documents.
         vocab_size: every id is below it.
         tokenizer: its fingerprint.
-        sha256: of the blocks' hashes; in format 1 of the ids as they lie in the file.
+        sha256: of the blocks' hashes and the prompts; in format 1 of the ids as they lie in the file.
         block_bytes: of ids behind one hash; 0: all of them (format 1).
+        prompts: stretches of ids that are only read, and not learned to write.
     """
 
     dtype: str
@@ -54,6 +57,7 @@ class ShardHeader:
     tokenizer: str
     sha256: str
     block_bytes: int = 0
+    prompts: int = 0
 
     @property
     def size(self) -> int:
@@ -74,11 +78,13 @@ class Layout:
         header: what is said of them.
         start: the byte of the first one.
         hashes: sha256 of each block, one after the other; None: nobody has written them down.
+        prompts: first and last id (exclusive) of each, one after the other.
     """
 
     header: ShardHeader
     start: int
     hashes: bytes | None
+    prompts: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -144,15 +150,15 @@ def shard_layout(file: OpenFile) -> Layout:
         raise file.damaged(f"it starts with {magic!r}, not {MAGIC!r}", 0)
     header, start = (_header if magic == MAGIC else _header_1)(file)
     hashes_size = header.num_blocks * HASH_BYTES if header.block_bytes else 0
-    expected = start + header.size + hashes_size
+    expected = start + header.size + hashes_size + header.prompts * PROMPT_BYTES
     if file.size != expected:
         raise file.damaged(f"it has {file.size} bytes, its header says {expected}", min(file.size, expected))
     if not header.block_bytes:
         return Layout(header, start, bytes.fromhex(header.sha256))
-    hashes = file.read(start + header.size, hashes_size)
-    if hashlib.sha256(hashes).hexdigest() != header.sha256:
+    end = file.read(start + header.size, hashes_size + header.prompts * PROMPT_BYTES)
+    if hashlib.sha256(end).hexdigest() != header.sha256:
         raise file.damaged("the hashes of its blocks are not the ones that were written", start + header.size)
-    return Layout(header, start, hashes)
+    return Layout(header, start, end[:hashes_size], end[hashes_size:])
 
 
 def _header(file: OpenFile) -> tuple[ShardHeader, int]:
@@ -161,7 +167,7 @@ def _header(file: OpenFile) -> tuple[ShardHeader, int]:
     digest, encoded = head[len(MAGIC) : len(MAGIC) + HASH_BYTES], head[len(MAGIC) + HASH_BYTES :]
     if hashlib.sha256(encoded).digest() != digest:
         raise file.damaged("its header is not the one that was written", len(MAGIC))
-    return _parse(file, encoded, ["block_bytes"]), HEAD_BYTES
+    return _parse(file, encoded, ["block_bytes", "prompts"]), HEAD_BYTES
 
 
 def _header_1(file: OpenFile) -> tuple[ShardHeader, int]:
@@ -175,14 +181,14 @@ def _header_1(file: OpenFile) -> tuple[ShardHeader, int]:
 
 def _parse(file: OpenFile, encoded: bytes, more: list[str]) -> ShardHeader:
     """The header that stands in JSON; every number in it can be true."""
-    names = [field.name for field in fields(ShardHeader) if field.name != "block_bytes"] + more
+    names = [field.name for field in fields(ShardHeader) if field.name not in ("block_bytes", "prompts")] + more
     try:
         said: dict[str, Any] = json.loads(encoded)
         numbers = [said[name] for name in ("tokens", "documents", "bytes", "vocab_size", *more)]
         sound = sorted(said) == sorted(names) and all(type(number) is int and number >= 0 for number in numbers)
         sound = sound and said["dtype"] in ("<u2", "<u4") and isinstance(said["tokenizer"], str)
         sound = sound and len(bytes.fromhex(said["sha256"])) == HASH_BYTES
-        if sound and all(said[name] % 4 == 0 for name in more):
+        if sound and said.get("block_bytes", 0) % 4 == 0:
             return ShardHeader(**said)
     except (KeyError, TypeError, ValueError, RecursionError):
         pass

@@ -43,18 +43,20 @@ class ShardWriter:
             raise ValueError(f"blocks of {block_bytes} bytes")
         self.path, self._tokenizer, self._block_bytes = path, tokenizer, block_bytes
         self.tokens = self.documents = self.bytes = 0
+        self._prompts: list[list[int]] = []
         self._dtype = np.dtype(dtype_for(tokenizer.vocab_size))
         self._aside = path.with_name(f"{path.name}.part")
         self._file = self._aside.open("w+b")
         self._file.write(bytes(HEAD_BYTES))
 
-    def add(self, ids: np.ndarray, text_bytes: int, *, documents: int) -> None:
+    def add(self, ids: np.ndarray, text_bytes: int, *, documents: int, scored: bool = True) -> None:
         """Append ids.
 
         Args:
             ids: end-of-text after each document that ends among them.
             text_bytes: of the text that became them.
             documents: that end among them.
+            scored: whether a model is to learn to write them.
 
         Raises:
             ValueError: an id that the tokenizer does not have.
@@ -62,6 +64,10 @@ class ShardWriter:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
             raise ValueError(f"ids from {ids.min()} to {ids.max()}, of {self._tokenizer.vocab_size}")
         self._file.write(ids.astype(self._dtype).tobytes())
+        if not scored and len(ids):
+            goes_on = self._prompts and self._prompts[-1][1] == self.tokens
+            start = self._prompts.pop()[0] if goes_on else self.tokens
+            self._prompts.append([start, self.tokens + len(ids)])
         self.tokens, self.bytes, self.documents = (
             self.tokens + len(ids),
             self.bytes + text_bytes,
@@ -75,7 +81,8 @@ class ShardWriter:
             hashes = b"".join(
                 hashlib.sha256(block).digest() for block in iter(lambda: file.read(self._block_bytes), b"")
             )
-            file.write(hashes)
+            end = hashes + np.array(self._prompts, "<u8").tobytes()
+            file.write(end)
             header = ShardHeader(
                 self._dtype.str,
                 self.tokens,
@@ -83,8 +90,9 @@ class ShardWriter:
                 self.bytes,
                 self._tokenizer.vocab_size,
                 self._tokenizer.fingerprint,
-                hashlib.sha256(hashes).hexdigest(),
+                hashlib.sha256(end).hexdigest(),
                 self._block_bytes,
+                len(self._prompts),
             )
             file.seek(0)
             file.write(head_bytes(header))

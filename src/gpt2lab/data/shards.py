@@ -11,6 +11,7 @@ import os
 import stat
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,23 @@ class Shards:
             out[filled : filled + len(part)] = part
             filled, shard = filled + len(part), shard + 1
         return out
+
+    @cached_property
+    def _prompts(self) -> np.ndarray:
+        """First and last id (exclusive) of all prompts, one after the other."""
+        starts = self._ends - [header.tokens for header in self.headers]
+        found = [
+            np.frombuffer(file.layout.prompts, "<u8").astype(np.int64) + start
+            for file, start in zip(self._files, starts, strict=True)
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def scored(self, start: int, length: int) -> np.ndarray:
+        """Which of these ids a model is to learn to write: all but those of prompts, as booleans."""
+        if not len(self._prompts):
+            return np.ones(length, bool)
+        # Between the 2i-th and the next of these places lies a prompt.
+        return np.searchsorted(self._prompts, np.arange(start, start + length), side="right") % 2 == 0
 
     def document_spans(self, end_of_text: int) -> Iterator[tuple[int, int]]:
         """Where each document starts, and how many ids it has, separators left out; memory is bounded however long they are.

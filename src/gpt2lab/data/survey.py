@@ -32,7 +32,7 @@ class Survey:
     """What a source holds.
 
     Attributes:
-        digests: the first 8 bytes of each document's SHA-256, as a big-endian number.
+        digests: the first 8 bytes of each document's SHA-256, as a big-endian number; a prompt counts as other text.
         chars: characters in each.
         bytes: of UTF-8 text in all of them.
         skipped: what is no text, file by file; no more than a thousand rows are kept.
@@ -84,7 +84,7 @@ def survey(source: Iterable[Found | Piece | Skipped], *, stop: bool = False) -> 
     """
     digests, chars = array("Q"), array("q")
     found = Survey(np.empty(0), np.empty(0), 0)
-    total, document, length = hashlib.sha256(), hashlib.sha256(), 0
+    total, document, length, scored = hashlib.sha256(), hashlib.sha256(), 0, True
     for item in source:
         if isinstance(item, Found):
             found.kinds[described(item)] += 1
@@ -100,6 +100,9 @@ def survey(source: Iterable[Found | Piece | Skipped], *, stop: bool = False) -> 
                 found.skipped.append(item)
             continue
         encoded = item.text.encode()
+        if encoded and item.scored != scored:
+            scored = item.scored
+            document.update(bytes([0xFF, scored]))  # no byte of UTF-8
         document.update(encoded)
         length, found.bytes = length + len(item.text), found.bytes + len(encoded)
         if item.last:
@@ -107,7 +110,7 @@ def survey(source: Iterable[Found | Piece | Skipped], *, stop: bool = False) -> 
                 total.update(document.digest())
                 digests.append(int.from_bytes(document.digest()[:8], "big"))
                 chars.append(length)
-            document, length = hashlib.sha256(), 0
+            document, length, scored = hashlib.sha256(), 0, True
     found.digests, found.chars = np.array(digests, np.uint64), np.array(chars, np.int64)
     found.fingerprint = total.hexdigest()
     return found

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from queue import SimpleQueue
 from typing import IO, Self
 
@@ -40,12 +41,14 @@ class Tokens:
         ids: int32, with end-of-text at the end where the document ends.
         bytes: of UTF-8 text behind them.
         last: whether the document ends here.
+        scored: whether a model is to learn to write them.
     """
 
     name: str
     ids: np.ndarray
     bytes: int
     last: bool
+    scored: bool = True
 
 
 def tokenise(source: Iterable[Piece], tokenizer: Tokenizer, workers: int = 1) -> Iterator[Tokens]:
@@ -92,27 +95,35 @@ def encode(batch: list[Piece], tokenizer: Tokenizer) -> list[np.ndarray]:
 
 def _answer(batch: list[Piece], encoded: list[np.ndarray]) -> Iterator[Tokens]:
     for piece, ids in zip(batch, encoded, strict=True):
-        yield Tokens(piece.name, ids, len(piece.text.encode()), piece.last)
+        yield Tokens(piece.name, ids, len(piece.text.encode()), piece.last, piece.scored)
 
 
 def cut_safely(source: Iterable[Piece]) -> Iterator[Piece]:
-    """The same documents in pieces that can be encoded by themselves."""
-    source = iter(source)
-    for first in source:
-        texts = pieces(_rest_of_document(first, source))
-        before = next(texts)
-        for text in texts:
-            yield Piece(first.name, before, last=False)
+    """The same documents in pieces that can be encoded by themselves. A prompt and its response are encoded apart."""
+    for (_, scored), part in groupby(_numbered(source), key=lambda item: item[0]):
+        read: list[Piece] = []
+        cut = pieces(_texts(part, read))
+        before = next(cut)
+        for text in cut:
+            yield Piece(read[-1].name, before, last=False, scored=scored)
             before = text
-        yield Piece(first.name, before, last=True)
+        yield Piece(read[-1].name, before, read[-1].last, scored)
 
 
-def _rest_of_document(first: Piece, source: Iterator[Piece]) -> Iterator[str]:
-    yield first.text
-    last = first.last
-    while not last and (piece := next(source, None)):
+def _texts(part: Iterable[tuple[object, Piece]], read: list[Piece]) -> Iterator[str]:
+    """The text of some pieces; `read` holds the last of them that was read."""
+    for _, piece in part:
+        read[:] = [piece]
         yield piece.text
-        last = piece.last
+
+
+def _numbered(source: Iterable[Piece]) -> Iterator[tuple[tuple[int, bool], Piece]]:
+    """Each piece with the number of its document, and whether it is scored; one without text goes with its neighbours."""
+    number, scored = 0, True
+    for piece in source:
+        scored = piece.scored if piece.text else scored
+        yield (number, scored), piece
+        number += piece.last
 
 
 def _batches(source: Iterable[Piece]) -> Iterator[list[Piece]]:

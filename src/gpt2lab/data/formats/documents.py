@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from gpt2lab.data.formats.fields import SAMPLE, Fields, Unfit, guess_fields, text_of
+from gpt2lab.data.formats.fields import SAMPLE, Fields, Part, Unfit, guess_fields, text_of
 from gpt2lab.data.formats.lines import RECORD, STRUCTURE, Bad, Record, Refused, pieces
 from gpt2lab.data.records import Piece, Skipped
 
@@ -58,17 +58,19 @@ def documents(
         if problem:
             yield Bad(record.unit, record.number, record.bytes, problem, record.last)
         else:
-            yield from pieces(f"{name}:{record.number}", text)
-            structure += record.bytes - len(text.encode())
+            for number, part in enumerate(text, 1):
+                ends = number == len(text)
+                yield from pieces(f"{name}:{record.number}", part.text, ends=ends, scored=part.response)
+            structure += record.bytes - sum(len(part.text.encode()) for part in text)
     if structured and structure:
         yield Skipped(name, "", structure, STRUCTURE, fault=False)
 
 
-def _text(record: Record, fields: Fields | None) -> tuple[str, str]:
+def _text(record: Record, fields: Fields | None) -> tuple[list[Part], str]:
     """A record's text, or why it has none; neither where there is nothing."""
     if record.values is None or fields is None:
-        return "", record.problem
+        return [], record.problem
     try:
         return text_of(record.values, fields), ""
     except Unfit as error:
-        return "", str(error)
+        return [], str(error)

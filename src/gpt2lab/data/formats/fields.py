@@ -57,7 +57,7 @@ class Fields:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a record's text, and whether it is what a model is to answer."""
+    """A part of a record's text, and whether it is what a model is to answer: of a plain text, all of it."""
 
     text: str
     response: bool
@@ -97,7 +97,7 @@ def parts(record: Mapping[str, Any], fields: Fields) -> list[Part]:
     else:
         last = fields.names[-1]
         found = [
-            Part(_string(record, name), fields.kind == "instruction" and name == last)
+            Part(_string(record, name), fields.kind == "text" or name == last)
             for name in fields.names
             if name not in OPTIONAL or len(fields.names) == 1 or record.get(name)
         ]
@@ -107,17 +107,23 @@ def parts(record: Mapping[str, Any], fields: Fields) -> list[Part]:
     return found
 
 
-def text_of(record: Mapping[str, Any], fields: Fields) -> str:
-    """A record's text: its parts, each on lines of its own, without the names of roles.
+def text_of(record: Mapping[str, Any], fields: Fields) -> list[Part]:
+    """A record's text: its parts, each on lines of its own, without the names of roles. A line break ends the part before it.
 
     Raises:
         Unfit: there is none, or not all of it is Unicode.
     """
-    text = JOIN.join(part.text for part in parts(record, fields))
+    *found, last = parts(record, fields)
     try:
-        text.encode()
+        return [Part(_unicode(part.text) + JOIN, part.response) for part in found] + [
+            Part(_unicode(last.text), last.response)
+        ]
     except UnicodeEncodeError:
         raise Unfit("lone surrogate") from None
+
+
+def _unicode(text: str) -> str:
+    text.encode()
     return text
 
 

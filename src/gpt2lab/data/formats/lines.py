@@ -101,10 +101,10 @@ def as_line(number: int, content: bytes, dropped: int) -> Line:
         return Line(number, content.decode(errors="surrogateescape"), len(content), problem or NOT_UTF8)
 
 
-def pieces(name: str, text: str) -> Iterator[Piece]:
-    """One document, in pieces of at most a block."""
+def pieces(name: str, text: str, *, ends: bool = True, scored: bool = True) -> Iterator[Piece]:
+    """A document, or a part of one, in pieces of at most a block; `ends`: with it the document ends."""
     for start in range(0, len(text), BLOCK):
-        yield Piece(name, text[start : start + BLOCK], start + BLOCK >= len(text))
+        yield Piece(name, text[start : start + BLOCK], ends and start + BLOCK >= len(text), scored)
 
 
 def as_rows(file: str, items: Iterable[Piece | Bad | Skipped]) -> Iterator[Piece | Skipped]:
