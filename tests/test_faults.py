@@ -257,7 +257,7 @@ def test_where_no_restart_is_left_the_launcher_says_who_was_killed(place: Path) 
 
 
 def test_control_c_and_the_death_of_the_launcher_lose_nothing(place: Path, shared: Path) -> None:
-    """Ctrl-C goes to the whole process group, the launcher's death to nobody."""
+    """Ctrl-C goes to the whole process group, the launcher's death to nobody. Nothing in a step needs its store."""
     launcher = launch(place, checkpoint_every=0)
     with none_outlives(launcher) as known:
         wait_for_step(place, launcher, 5)
@@ -269,7 +269,7 @@ def test_control_c_and_the_death_of_the_launcher_lose_nothing(place: Path, share
     first = checkpoint.latest(place / "run")[0]
     assert first is not None and first.state["step"] == len(rows(place / "run")) - 1 >= 5
 
-    launcher = launch(place, checkpoint_every=0)
+    launcher = launch(place, checkpoint_every=0, **{"system.compare_every": 1})
     with none_outlives(launcher) as known:
         wait_for_step(place, launcher, first.state["step"] + 5)
         known += (ranks := list(ranks_of(launcher).values()))

@@ -64,6 +64,15 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
+    def gather_line(self, text: str) -> list[str]:
+        """What each process says, by rank, in up to 128 letters of ASCII; without the store, which ends with the launcher."""
+        if self.world_size == 1:
+            return [text]
+        mine = torch.tensor(list(text.encode("ascii").ljust(128)), dtype=torch.uint8, device=self.device)
+        lines = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(lines, mine)
+        return [bytes(line.tolist()).decode("ascii").rstrip() for line in lines]
+
     def gather(self, text: str, key: str) -> list[str]:
         """What each process says under a key, by rank. Each key can be used once."""
         if self._store is None:

@@ -229,8 +229,7 @@ def compare_replicas(run: Run) -> None:
     """
     run.ranks.at(run.step, "compare")
     if run.ranks.world_size > 1:
-        digests = run.ranks.gather(run.strategy.digest(), f"digest/{run.step}/{run.shift}")
-        refuse_differing_replicas(digests, run.step)
+        refuse_differing_replicas(run.ranks.gather_line(run.strategy.digest()), run.step)
 
 
 def validate(run: Run) -> dict[str, float]:
