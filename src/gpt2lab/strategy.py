@@ -44,7 +44,7 @@ class Single:
         self.model, self.config, self.accelerator, self.ranks = model, config, accelerator, ranks
         if config.system.activation_checkpointing:
             for block in model.layers:  # in place of a wrapping module, which would change the names
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+                vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
         wrapped = self.wrap()
         self.module = torch.compile(wrapped) if config.system.compile else wrapped
         self.optimizer = accelerator.prepare_optimizer(make_optimizer(model, config.optim, exact=config.system.exact))

@@ -106,7 +106,7 @@ def train(config: ResolvedConfig) -> None:
     model = GPT2.from_config(config.model).train()
     if config.system.activation_checkpointing:
         for block in model.layers:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
     module = wrap(accelerator.prepare_model(model, evaluation_mode=True), model, config.system.strategy)
     optimizer = make_optimizer(model, config.optim)
     processes = config.system.num_processes or 1

@@ -12,6 +12,7 @@ import pytest
 from gpt2lab.config import DataConfig
 from gpt2lab.data import prepare as module
 from gpt2lab.data import survey
+from gpt2lab.data import text as text_module
 from gpt2lab.data.prepare import SUMMARY, Prepared, open_prepared, parse_part, prepare, prepare_part
 from gpt2lab.data.shard_writer import ShardWriter
 from gpt2lab.errors import ConfigError, DataError
@@ -205,7 +206,7 @@ def test_a_source_that_changes_between_its_two_readings_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for change in ("longer", "shorter", "one more", "one less", "another"):
-        config, divide = many(tmp_path), module.divide
+        config, divide = many(tmp_path), text_module.divide
 
         def meanwhile(*found: Any, change: str = change, divide: Any = divide) -> Any:
             path = tmp_path / "many" / "7.txt"
@@ -223,7 +224,7 @@ def test_a_source_that_changes_between_its_two_readings_is_noticed(
             return divide(*found)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "divide", meanwhile)
+            patch.setattr(text_module, "divide", meanwhile)
             with pytest.raises(DataError, match="the text changed" if change != "one less" else "cannot read the text"):
                 prepare(config, "bytes", folder=tmp_path / "p")
         shutil.rmtree(tmp_path / "many")

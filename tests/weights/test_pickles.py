@@ -320,7 +320,7 @@ def sound() -> dict[str, tuple[bytes, dict[str, torch.Tensor], dict[str, Any]]]:
         "one": WEIGHT[3, 2],
     }
     attributed = WEIGHT.clone()
-    attributed.contiguous = 1  # type: ignore[method-assign, assignment]
+    vars(attributed)["contiguous"] = 1
     empty = {"none": torch.zeros(0), "neither": torch.zeros(3, 0, 2)}
     values = {"model": {}, "n": deep["n"], "i": {}}
     flat = {"model/w": WEIGHT, "model/head": WEIGHT, "i/0": WEIGHT.long()}

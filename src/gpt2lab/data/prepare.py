@@ -11,22 +11,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
 
 from gpt2lab.config import DataConfig
-from gpt2lab.data.records import Piece
 from gpt2lab.data.shard_format import MAGIC, ShardHeader
 from gpt2lab.data.shard_writer import ShardWriter, finished_shard
 from gpt2lab.data.shards import Shards, damaged, shard_path
-from gpt2lab.data.sources import Reading, no_text, open_source
-from gpt2lab.data.survey import SHARD_CHARS, SPLITS, Division, Survey, divide, shard_name, survey
+from gpt2lab.data.survey import SHARD_CHARS, SPLITS, Survey
+from gpt2lab.data.text import Text, changed, read_text
 from gpt2lab.data.tokenise import cut_safely, tokenise
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.paths import cache_folder, put_in_place, write_whole
@@ -35,8 +33,6 @@ from gpt2lab.tokenizer import Tokenizer, is_learned, open_tokenizer
 SUMMARY = "prepared.json"
 PLAN = "plan.json"
 MOST_PARTS = 10_000
-MOST_FAULTS = 0.1
-"""Where more of the text than this has faults it is in another encoding, or no text: it is refused, not left out."""
 _WORTH_WORKERS = 2**22
 """Bytes of text from which on other processes are worth their start."""
 
@@ -66,60 +62,6 @@ class Prepared:
             "vocab_size": self.tokenizer.vocab_size,
             "example": self.tokenizer.decode(self.train.read(0, min(32, len(self.train)))),
         }
-
-
-@dataclass(frozen=True)
-class Text:
-    """A source, and its validation text if it has one: read once, and shared out.
-
-    Attributes:
-        readings: read again, they must give what was found.
-    """
-
-    readings: list[Reading]
-    found: Survey
-    division: Division
-
-    def parts(self, wanted: Iterable[str]) -> Iterator[Piece]:
-        """The parts of documents that lie in these shards, one after the other; each is named as its shard, ``train-00000``.
-
-        Raises:
-            DataError: the source is no longer what it was.
-        """
-        asked, cuts, shards = frozenset(wanted), self.division.cuts, self.division.shards
-        number = at = 0
-        for piece in (item for reading in self.readings for item in reading() if isinstance(item, Piece)):
-            end = at + len(piece.text)
-            if end > (int(self.found.chars[number]) if number < len(self.found) else 0):
-                raise changed(piece.name)
-            cut = int(cuts[number]) if end else 0
-            sides = [("train", piece.text[: max(0, cut - at)], end >= cut)] if at < cut else []
-            sides += [("validation", piece.text[max(0, cut - at) :], piece.last)] if end > cut else []
-            for split, text, last in sides:
-                if (name := shard_name(split, int(shards[split][number]))) in asked:
-                    yield Piece(name, text, last, piece.scored)
-            number, at = (number + (end > 0), 0) if piece.last else (number, end)
-        if number != len(self.found):
-            raise changed("its end")
-
-
-def read_text(config: DataConfig) -> Text:
-    """The first reading of a recipe's text.
-
-    Raises:
-        DataError: there is no such text, or nothing in it is text.
-    """
-    sources = [source for source in (config.source, config.validation) if source is not None]
-    readings = [open_source(source, config.fields) for source in sources]
-    surveys = [survey(reading(), stop=config.on_fault == "stop") for reading in readings]
-    for source, found in zip(sources, surveys, strict=True):
-        if not len(found) or found.faulty_bytes > MOST_FAULTS * (found.bytes + found.faulty_bytes):
-            raise no_text(source, found.skipped)
-    if config.validation is None:
-        return Text(readings, surveys[0], divide(surveys[0]))
-    held_out = np.repeat([False, True], [len(found) for found in surveys])
-    found = surveys[0] + surveys[1]
-    return Text(readings, found, divide(found, held_out))
 
 
 def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
@@ -248,12 +190,6 @@ def open_prepared(folder: Path) -> Prepared:
                 cause = "it is not the shard, or not the tokenizer, that was prepared with the others"
                 raise damaged(shard_path(folder, split, index), cause)
     return Prepared(folder, tokenizer, splits["train"], splits["validation"], account)
-
-
-def changed(where: str) -> DataError:
-    """The error for a source that two readings find different."""
-    cause = f"its second reading differs from its first at {where}"
-    return DataError("the text changed", where="data.source", cause=cause, fix="try again when nobody writes to it")
 
 
 def _write_part(

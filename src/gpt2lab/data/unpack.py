@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import zstandard
 
@@ -44,7 +44,21 @@ class _Decoder(Protocol):
     def unused_data(self) -> bytes: ...
 
 
-class _Gunzip:
+class _Wrapped:
+    """What zlib's and zstandard's decoders have in common."""
+
+    _inner: Any
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._inner.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._inner.unused_data)
+
+
+class _Gunzip(_Wrapped):
     """zlib's decoder of gzip, with the interface of the others."""
 
     def __init__(self) -> None:
@@ -52,20 +66,12 @@ class _Gunzip:
         self.needs_input = True
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        out = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        out: bytes = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
         self.needs_input = not self._inner.unconsumed_tail and len(out) < max_length
         return out
 
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
-
-
-class _Unzstd:
+class _Unzstd(_Wrapped):
     """zstandard's decoder, with the interface of the others but for the limit: what one step gives is all it gives."""
 
     needs_input = True
@@ -74,15 +80,7 @@ class _Unzstd:
         self._inner = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._inner.decompress(data)
-
-    @property
-    def eof(self) -> bool:
-        return self._inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inner.unused_data
+        return bytes(self._inner.decompress(data))
 
 
 _DECODERS: dict[str, tuple[bytes, Callable[[], _Decoder]]] = {

@@ -167,7 +167,9 @@ class _Brackets:
         if self._escaped:
             self._escaped = False
             place += 1
-        place = _INSIDE.match(block, place).end()  # type: ignore[union-attr]
+        inside = _INSIDE.match(block, place)
+        assert inside  # of nothing, too
+        place = inside.end()
         self._escaped = block[place : place + 1] == b"\\"
         self._inside = block[place : place + 1] != b'"'
         return place + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from functools import partial
 
 from gpt2lab.data.formats.lines import BLOCK, CUT, NOT_UTF8, NUL, Bad
 from gpt2lab.data.records import Piece
@@ -17,7 +18,15 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _ESCAPE = "gpt2lab.escape"
-codecs.register_error(_ESCAPE, lambda error: ("\udcff" * (error.end - error.start), error.end))  # type: ignore[attr-defined]
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Half a surrogate pair for each byte that is not of the encoding, and where to go on."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff" * (error.end - error.start), error.end
+
+
+codecs.register_error(_ESCAPE, _escape)
 
 
 def strip_mark(stream: Stream) -> tuple[str, int]:
@@ -29,7 +38,7 @@ def strip_mark(stream: Stream) -> tuple[str, int]:
         if stream.peek(len(mark)) == mark:
             stream.read(len(mark))
             if encoding != "utf-8":
-                stream.through(lambda chunks, encoding=encoding: _as_utf8(chunks, encoding))  # type: ignore[misc]
+                stream.through(partial(_as_utf8, encoding=encoding))
             return encoding, len(mark)
     return "utf-8", 0
 
