@@ -252,7 +252,7 @@ def data_prepare(arguments: argparse.Namespace) -> None:
 def data_inspect(arguments: argparse.Namespace) -> None:
     from gpt2lab.data.doctor.advice import as_dict, describe
     from gpt2lab.data.doctor.inspect import inspect
-    from gpt2lab.data.prepare import open_prepared
+    from gpt2lab.data.prepared import open_prepared
 
     findings = inspect(open_prepared(Path(arguments.path)))
     if arguments.json:

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
-from gpt2lab.data.prepare import Prepared
+from gpt2lab.data.prepared import Prepared
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.paths import write_whole

@@ -16,7 +16,8 @@ from gpt2lab import checkpoint
 from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
-from gpt2lab.data.prepare import Prepared, open_prepared, prepare
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.prepared import Prepared, open_prepared
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, DataError
 from gpt2lab.folder import (

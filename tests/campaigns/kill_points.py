@@ -28,7 +28,8 @@ import torch
 
 from gpt2lab.checkpoint import MODEL, latest, optimizer_tensors, step_folder, sweep
 from gpt2lab.config import DataConfig
-from gpt2lab.data.prepare import open_prepared, prepare
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.prepared import open_prepared
 from gpt2lab.weights import save_model
 from gpt2lab.weights.export import export_hf
 from gpt2lab.writer import Writer

@@ -13,7 +13,8 @@ from gpt2lab.config import DataConfig
 from gpt2lab.data import prepare as module
 from gpt2lab.data import survey
 from gpt2lab.data import text as text_module
-from gpt2lab.data.prepare import SUMMARY, Prepared, open_prepared, parse_part, prepare, prepare_part
+from gpt2lab.data.prepare import parse_part, prepare, prepare_part
+from gpt2lab.data.prepared import SUMMARY, Prepared, open_prepared
 from gpt2lab.data.shard_writer import ShardWriter
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.tokenizer import Tokenizer

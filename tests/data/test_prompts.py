@@ -11,7 +11,8 @@ import torch
 from gpt2lab.config import DataConfig
 from gpt2lab.data import survey
 from gpt2lab.data.batches import Batches
-from gpt2lab.data.prepare import Prepared, prepare
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.prepared import Prepared
 from gpt2lab.data.shard_writer import ShardWriter
 from gpt2lab.data.shards import Shards
 from gpt2lab.model.gpt2 import GPT2

@@ -13,16 +13,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from gpt2lab.config import DataConfig
-from gpt2lab.data.shard_format import MAGIC, ShardHeader
+from gpt2lab.data.prepared import SUMMARY, Prepared, open_prepared, refuse_other_tokenizer
+from gpt2lab.data.shard_format import MAGIC
 from gpt2lab.data.shard_writer import ShardWriter, finished_shard
-from gpt2lab.data.shards import Shards, damaged, shard_path
+from gpt2lab.data.shards import Shards
 from gpt2lab.data.survey import SHARD_CHARS, SPLITS, Survey
 from gpt2lab.data.text import Text, changed, read_text
 from gpt2lab.data.tokenise import cut_safely, tokenise
@@ -30,38 +31,10 @@ from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.paths import cache_folder, put_in_place, write_whole
 from gpt2lab.tokenizer import Tokenizer, is_learned, open_tokenizer
 
-SUMMARY = "prepared.json"
 PLAN = "plan.json"
 MOST_PARTS = 10_000
 _WORTH_WORKERS = 2**22
 """Bytes of text from which on other processes are worth their start."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared text: its tokenizer and its two splits.
-
-    Attributes:
-        account: bytes_in, bytes_tokenised, bytes_skipped, skipped and skipped_by_reason, as found when it was prepared.
-    """
-
-    folder: Path
-    tokenizer: Tokenizer
-    train: Shards
-    validation: Shards
-    account: dict[str, Any]
-
-    def summary(self) -> dict[str, Any]:
-        """What is in it, in numbers, and the start of its first sample."""
-        splits = {"train": self.train, "validation": self.validation}
-        counts = {name: {"documents": s.documents, "tokens": len(s), "bytes": s.bytes} for name, s in splits.items()}
-        return {
-            **{total: sum(count[total] for count in counts.values()) for total in ("documents", "tokens")},
-            **self.account,
-            **counts,
-            "vocab_size": self.tokenizer.vocab_size,
-            "example": self.tokenizer.decode(self.train.read(0, min(32, len(self.train)))),
-        }
 
 
 def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
@@ -146,50 +119,6 @@ def parse_part(text: str) -> tuple[int, int]:
         return int(one), int(of)
     cause = f"{text!r} is not I/N, with I from 1 to N and N at most {MOST_PARTS}"
     raise ConfigError("bad part", where="--part", cause=cause, fix="such as 2/3")
-
-
-def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None) -> None:
-    """Refuse shards that were made with another tokenizer than the one that is named.
-
-    Raises:
-        DataError: they were.
-    """
-    if tokenizer is None:
-        return
-    made_with = prepared.tokenizer
-    if isinstance(tokenizer, str) and is_learned(tokenizer):  # from a text that is not at hand: its size has to do
-        differs = tokenizer not in ("chars", f"bpe:{made_with.vocab_size}")
-    else:
-        named = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        differs = named.fingerprint != made_with.fingerprint
-    if differs:
-        cause = f"these shards were made with another tokenizer, of {made_with.vocab_size} tokens"
-        raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave `tokenizer` out")
-
-
-def open_prepared(folder: Path) -> Prepared:
-    """Shards that were prepared before.
-
-    Raises:
-        DataError: a shard is damaged or is not listed, or the tokenizer is another.
-    """
-    try:
-        summary = json.loads((folder / SUMMARY).read_text())
-        listed = {split: [ShardHeader(**row) for row in summary[split]] for split in SPLITS}
-        account = dict(summary.get("account") or _account_of(listed))
-    except FileNotFoundError:
-        fix = "prepare some with `gpt2lab data prepare SOURCE --out DIR`"
-        raise DataError("no prepared text", where=str(folder), cause=f"{SUMMARY} is not there", fix=fix) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise damaged(folder / SUMMARY, repr(error)) from None
-    tokenizer = Tokenizer.load(folder)
-    splits = {split: Shards([shard_path(folder, split, i) for i in range(len(rows))]) for split, rows in listed.items()}
-    for split, rows in listed.items():
-        for index, (row, header) in enumerate(zip(rows, splits[split].headers, strict=True)):
-            if row != header or header.tokenizer != tokenizer.fingerprint:
-                cause = "it is not the shard, or not the tokenizer, that was prepared with the others"
-                raise damaged(shard_path(folder, split, index), cause)
-    return Prepared(folder, tokenizer, splits["train"], splits["validation"], account)
 
 
 def _write_part(
@@ -330,17 +259,4 @@ def _account(found: Survey) -> dict[str, Any]:
         "read_as": dict(found.kinds.most_common()),
         "skipped_by_reason": dict(sorted(found.skipped_bytes.items())),
         "skipped": [asdict(item) for item in found.skipped],
-    }
-
-
-def _account_of(listed: dict[str, list[ShardHeader]]) -> dict[str, Any]:
-    """The account of a text that was prepared before accounts were kept: nothing was skipped then, a fault ended it."""
-    size = sum(header.bytes for headers in listed.values() for header in headers)
-    return {
-        "bytes_in": size,
-        "bytes_tokenised": size,
-        "bytes_skipped": 0,
-        "read_as": {},
-        "skipped_by_reason": {},
-        "skipped": [],
     }

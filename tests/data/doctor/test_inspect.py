@@ -11,7 +11,8 @@ from gpt2lab.config import DataConfig
 from gpt2lab.data.doctor import inspect as module
 from gpt2lab.data.doctor.advice import WIDTH, as_dict, describe, problems
 from gpt2lab.data.doctor.inspect import Findings, inspect
-from gpt2lab.data.prepare import Prepared, open_prepared, prepare
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.prepared import Prepared, open_prepared
 from gpt2lab.tokenizer import Tokenizer
 from tests.data.doctor.test_scan import WORDS, write
 

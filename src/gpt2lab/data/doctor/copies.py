@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt2lab.data.doctor.duplicates import near_labels, repeated, shared, signatures, similarity
 from gpt2lab.data.doctor.scan import Documents
-from gpt2lab.data.prepare import Prepared
+from gpt2lab.data.prepared import Prepared
 from gpt2lab.data.shards import Shards
 from gpt2lab.errors import DataError
 

@@ -10,7 +10,7 @@ from gpt2lab.data.doctor.copies import SPLITS, Duplicates, Place, Reader, exact_
 from gpt2lab.data.doctor.scan import Scan, last_key
 from gpt2lab.data.doctor.spelling import Spelling, token_bytes
 from gpt2lab.data.doctor.symptoms import Fault
-from gpt2lab.data.prepare import Prepared
+from gpt2lab.data.prepared import Prepared
 
 SHINGLE_BYTES = 20
 """Near-duplicates share runs of ids that are about so long: five tokens of GPT-2's, twenty bytes."""
