@@ -269,7 +269,7 @@ def note_samples(rank: int) -> None:
         first = batches.number(micro_step) * batches.micro_batch
         if bool((drawn[1] >= 0).all()):
             with Path(f"samples-{rank}.jsonl").open("a") as file:
-                starts = batches.sample_starts(step, micro_step)
+                starts = [batches.samples.start(index) for index in batches.indices(step, micro_step)]
                 file.writelines(
                     json.dumps([step, first + place, start, drawn[0][place, :3].tolist()]) + "\n"
                     for place, start in enumerate(starts)

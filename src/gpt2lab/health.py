@@ -76,16 +76,14 @@ def describe_batch(
         index: of the batch, from 0.
         losses: of each micro-batch.
     """
-    starts = batches.step_starts(index)
+    samples, indices = batches.samples, batches.step_indices(index)
     bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
     size = batches.micro_batch
     shown = [sample for number in bad for sample in range(number * size, (number + 1) * size)] or list(
-        range(len(starts))
+        range(len(indices))
     )
-    texts = {
-        str(sample): tokenizer.decode(batches.shards.read(starts[sample], batches.seq_len + 1))
-        for sample in shown[:MOST_TEXTS]
-    }
+    texts = {str(sample): tokenizer.decode(samples.read(indices[sample])) for sample in shown[:MOST_TEXTS]}
+    starts = [samples.start(sample) for sample in indices]
     return row | {"batch": index, "sample_starts": starts, "micro_batches_not_finite": bad, "text": texts}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
-from gpt2lab.data.batches import epoch_samples
+from gpt2lab.data.samples import epoch_samples
 from gpt2lab.errors import ResourceError
 from gpt2lab.memory import activation_bytes, meta_model, peak
 from gpt2lab.model.activation import ACTIVATIONS

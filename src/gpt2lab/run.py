@@ -18,6 +18,7 @@ from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
+from gpt2lab.data.samples import Contiguous
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, DataError
 from gpt2lab.folder import (
@@ -211,11 +212,9 @@ def open_run(opening: Opening, folder: Path, lock: FileLock | None, console: Con
         tokenizer=data.tokenizer,
         data=data,
         batches=Batches(
-            data.train,
-            seq_len=resolved.seq_len,
+            Contiguous(data.train, resolved.seq_len, resolved.seed),
             step_samples=resolved.batch_tokens // resolved.seq_len,
             micro_batch=resolved.micro_batch,
-            seed=resolved.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
         ),

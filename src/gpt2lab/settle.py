@@ -9,9 +9,9 @@ import torch
 from gpt2lab import weights
 from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
-from gpt2lab.data.batches import check_length
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared
+from gpt2lab.data.samples import check_length
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.generation.decode import check_prompt

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2lab.data.batches import Batches, epoch_samples
+from gpt2lab.data.batches import Batches
+from gpt2lab.data.samples import Contiguous, epoch_samples
 from gpt2lab.errors import DataError
 from gpt2lab.model.loss import IGNORE
 from gpt2lab.seeds import derive
@@ -33,14 +34,21 @@ class Positions:
         return np.ones(length, bool)
 
 
-def batches(num_tokens: int = 1000, **changes: Any) -> Batches:
-    return Batches(Positions(num_tokens), **{"seq_len": 8, "step_samples": 4, "micro_batch": 4, "seed": 1} | changes)
+def batches(num_tokens: int = 1000, seq_len: int = 8, seed: int = 1, **changes: Any) -> Batches:
+    samples = Contiguous(Positions(num_tokens), seq_len, seed)
+    return Batches(samples, **{"step_samples": 4, "micro_batch": 4} | changes)
+
+
+def starts_of(whole: Batches, step: int, micro_step: int | None = None) -> list[int]:
+    """Where the samples of a step begin, or those of one call."""
+    indices = whole.step_indices(step) if micro_step is None else whole.indices(step, micro_step)
+    return [whole.samples.start(index) for index in indices]
 
 
 def starts(whole: Batches, count: int) -> list[int]:
     """The first `count` samples in the order in which the ranks together learn from them."""
     ranks = [
-        Batches(whole.shards, whole.seq_len, whole.step_samples, whole.micro_batch, whole.seed, rank, whole.world_size)
+        Batches(whole.samples, whole.step_samples, whole.micro_batch, rank, whole.world_size)
         for rank in range(whole.world_size)
     ]
     drawn = (
@@ -97,7 +105,7 @@ def splits(draw: st.DrawFn) -> dict[str, int]:
 @given(splits())
 def test_an_epoch_visits_every_sample_once(split: dict[str, int]) -> None:
     whole = batches(**split)
-    count, seq_len = whole.epoch_samples, split["seq_len"]
+    count, seq_len = whole.samples.per_epoch, split["seq_len"]
     drawn = starts(whole, 3 * count)
     for epoch in (drawn[:count], drawn[count : 2 * count], drawn[2 * count :]):
         in_place = sorted(epoch)
@@ -117,13 +125,13 @@ def test_the_samples_and_their_order_are_the_same_however_they_are_shared_out(sp
 def test_the_first_ranks_rows_are_not_the_second_s() -> None:
     split = {"world_size": 2, "micro_batch": 1, "step_samples": 4}
     rows = {
-        (rank, micro_step): batches(**split, rank=rank).sample_starts(0, micro_step)[0]
+        (rank, micro_step): starts_of(batches(**split, rank=rank), 0, micro_step)[0]
         for rank in (0, 1)
         for micro_step in (0, 1)
     }
     assert len(set(rows.values())) == 4
-    assert [rows[place] for place in [(0, 0), (1, 0), (0, 1), (1, 1)]] == batches().sample_starts(0, 0)
-    assert [rows[place] for place in [(0, 0), (0, 1), (1, 0), (1, 1)]] != batches().sample_starts(0, 0)
+    assert [rows[place] for place in [(0, 0), (1, 0), (0, 1), (1, 1)]] == starts_of(batches(), 0, 0)
+    assert [rows[place] for place in [(0, 0), (0, 1), (1, 0), (1, 1)]] != starts_of(batches(), 0, 0)
 
 
 @given(splits())
@@ -140,7 +148,7 @@ def test_all_ranks_make_equally_many_calls_and_each_pass_is_scored_by_one(split:
         for rank in ranks:
             for micro_step in range(rank.micro_steps):
                 token_ids, targets = rank(step, micro_step)
-                assert_same(token_ids[:, 0], torch.tensor(rank.sample_starts(step, micro_step)), within=0)
+                assert_same(token_ids[:, 0], torch.tensor(starts_of(rank, step, micro_step)), within=0)
                 if rank.number(micro_step) < rank.passes:
                     scored[rank.number(micro_step)] = token_ids[:, 0].tolist()
                     assert_same(targets, token_ids + 1, within=0)
@@ -148,7 +156,7 @@ def test_all_ranks_make_equally_many_calls_and_each_pass_is_scored_by_one(split:
                     assert (targets == IGNORE).all() and (token_ids >= 0).all(), "a pass too many scores nothing"
         in_order = [start for number in sorted(scored) for start in scored[number]]
         assert sorted(scored) == list(range(whole.passes))
-        assert in_order == whole.step_starts(step) == batches(**split | {"world_size": 1}).step_starts(step)
+        assert in_order == starts_of(whole, step) == starts_of(batches(**split | {"world_size": 1}), step)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -162,7 +170,7 @@ def test_inputs_and_targets_share_no_memory(micro_batch: int) -> None:
 
 def test_an_epoch_is_shuffled_and_cut_at_its_own_place() -> None:
     whole = batches(num_tokens=4001, seq_len=40)
-    count = whole.epoch_samples
+    count = whole.samples.per_epoch
     drawn = starts(whole, 5 * count)
     epochs = [drawn[i * count : (i + 1) * count] for i in range(5)]
     assert len({tuple(epoch) for epoch in epochs}) == 5 and all(epoch != sorted(epoch) for epoch in epochs)
@@ -172,8 +180,8 @@ def test_an_epoch_is_shuffled_and_cut_at_its_own_place() -> None:
 def test_seed_and_epoch_are_not_added_up() -> None:
     def epoch(seed: int, number: int) -> list[int]:
         whole = batches(seed=seed, step_samples=1, micro_batch=1)
-        first = number * whole.epoch_samples
-        return [whole.sample_starts(step, 0)[0] for step in range(first, first + whole.epoch_samples)]
+        first = number * whole.samples.per_epoch
+        return [starts_of(whole, step, 0)[0] for step in range(first, first + whole.samples.per_epoch)]
 
     assert len({tuple(epoch(*pair)) for pair in [(1, 2), (2, 1), (3, 0), (0, 3)]}) == 4
     assert sorted(np.diff(sorted(epoch(1, 2)))) == sorted(np.diff(sorted(epoch(2, 1))))
@@ -195,7 +203,7 @@ def test_the_parts_of_a_seed_are_not_added_up() -> None:
 @pytest.mark.parametrize("seq_len", [1, 2, 8])
 def test_a_text_of_one_sample(seq_len: int) -> None:
     whole = batches(num_tokens=seq_len + 1, seq_len=seq_len, world_size=4, micro_batch=1)
-    assert whole.epoch_samples == 1 and starts(whole, 9) == [0] * 9
+    assert whole.samples.per_epoch == 1 and starts(whole, 9) == [0] * 9
     assert_same(whole(5, 0)[1], torch.arange(1, seq_len + 1)[None], within=0)
 
 
@@ -210,4 +218,4 @@ def test_a_text_shorter_than_a_sample_is_refused(num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("num_tokens", "samples"), [(9, 1), (16, 1), (23, 1), (24, 2), (1000, 124)])
 def test_how_many_samples_an_epoch_has(num_tokens: int, samples: int) -> None:
-    assert epoch_samples(num_tokens, 8) == batches(num_tokens).epoch_samples == samples
+    assert epoch_samples(num_tokens, 8) == batches(num_tokens).samples.per_epoch == samples

@@ -13,6 +13,7 @@ from gpt2lab.data import survey
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared
+from gpt2lab.data.samples import Contiguous
 from gpt2lab.data.shard_writer import ShardWriter
 from gpt2lab.data.shards import Shards
 from gpt2lab.model.gpt2 import GPT2
@@ -134,11 +135,12 @@ def test_a_changed_prompt_in_a_shard_is_found(tmp_path: Path) -> None:
 def test_prompts_are_no_targets(tmp_path: Path) -> None:
     shards = prepared(tmp_path / "p", INSTRUCTIONS).train
     ids, scored = expected(INSTRUCTIONS)
-    batches = Batches(shards, seq_len=16, step_samples=6, micro_batch=2, seed=1)
+    samples = Contiguous(shards, seq_len=16, seed=1)
+    batches = Batches(samples, step_samples=6, micro_batch=2)
     total = 0
     for micro_step in range(3):
         token_ids, targets = batches(0, micro_step)
-        for row, start in enumerate(batches.sample_starts(0, micro_step)):
+        for row, start in enumerate(map(samples.start, batches.indices(0, micro_step))):
             wanted = [id if answer else IGNORE for id, answer in zip(ids, scored, strict=True)][start + 1 : start + 17]
             assert token_ids[row].tolist() == ids[start : start + 16] and targets[row].tolist() == wanted
             total += sum(target != IGNORE for target in wanted)
@@ -160,7 +162,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_responses(tmp_path: Path) ->
     rows = list(read_rows(train(config, Console(quiet=True)) / "metrics.jsonl"))
     shards = prepared(tmp_path / "p", INSTRUCTIONS).train
     ids, scored = expected(INSTRUCTIONS)
-    starts = Batches(shards, seq_len=32, step_samples=4, micro_batch=2, seed=3).step_starts(0)
+    starts = [Contiguous(shards, seq_len=32, seed=3).start(index) for index in range(4)]
     model = GPT2(257, 32, 16, 2, 64, 1, generator=generator_for(3, "weights"))
     every, answers = list[torch.Tensor](), list[torch.Tensor]()
     for start in starts:

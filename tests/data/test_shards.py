@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from gpt2lab.data import shards as module
 from gpt2lab.data.batches import Batches
+from gpt2lab.data.samples import Contiguous
 from gpt2lab.data.shard_format import HEAD_BYTES, ShardHeader, head_bytes
 from gpt2lab.data.shard_writer import ShardWriter, finished_shard
 from gpt2lab.data.shards import Shards
@@ -117,7 +118,7 @@ def test_many_shards_are_one_text(tmp_path: Path) -> None:
         assert many.read(start, end - start).tolist() == ids[start:end].tolist()
 
     check()
-    samples = [Batches(shards, 30, 4, 4, 0)(2, 0)[0].tolist() for shards in (one, many)]
+    samples = [Batches(Contiguous(shards, 30, 0), 4, 4)(2, 0)[0].tolist() for shards in (one, many)]
     assert samples[0] == samples[1]
 
 
