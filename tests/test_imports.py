@@ -13,7 +13,7 @@ PACKAGE = "gpt2lab"
 TIERS = [
     ["cli", "commands", "__main__"],
     ["serve", "study", "bench"],
-    ["train", "replay", "run", "settle", "folder", "plan", "memory", "generation", "evaluate"],
+    ["train", "replay", "run", "feed", "settle", "folder", "plan", "memory", "generation", "evaluate"],
     [
         *("data", "checkpoint", "writer", "weights", "optim", "system", "tracking", "health"),
         *("distributed", "rendezvous", "watch", "launch", "strategy", "exact"),

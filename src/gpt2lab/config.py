@@ -153,6 +153,11 @@ class DataConfig:
     """Text to validate on, like source. None: a tenth of the source is held out, whole documents where there are many."""
     validation_tokens: Count | None = None
     """How many tokens of the validation text to score at each validation. None: all."""
+    stream: bool = False
+    """Learn from the text while it is read, for a source larger than the disk: a few blocks of it are kept at a time. It needs
+    steps; what is held out are its first documents, about validation_tokens (None: 131072), unless validation is given."""
+    window_tokens: Count = 2**24
+    """With stream: tokens in a block, no fewer than in a step. The samples of a block are shuffled, so are the files."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -280,6 +285,8 @@ class RunConfig:
             )
         if self.system.strategy == "single" and (self.system.num_processes or 1) > 1:
             problems.append(f"system.num_processes {self.system.num_processes} is too many for system.strategy single")
+        if self.data.stream and not self.steps:
+            problems.append("data.stream needs steps: how much text there is, nobody knows before it was read")
         if self.steps and self.epochs:
             problems.append(f"steps {self.steps} and epochs {self.epochs} are both given; one decides the other")
         floor, peak = self.optim.min_learning_rate, self.optim.learning_rate

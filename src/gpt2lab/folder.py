@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.prepared import Prepared
+from gpt2lab.data.stream.producer import refuse_other_files
+from gpt2lab.data.stream.text import StreamedText
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.paths import write_whole
@@ -140,18 +142,21 @@ def refuse_differences(
         )
 
 
-def refuse_other_text(folder: Path, data: Prepared) -> None:
+def refuse_other_text(folder: Path, data: Prepared | StreamedText) -> None:
     """Refuse to go on with another text than the run began with.
 
     Raises:
-        CheckpointError: its tokens are others.
+        CheckpointError: its tokens are others. DataError: the files of a stream are.
     """
-    if read_about(folder).get("data") != data.train.fingerprint:
+    about = read_about(folder)
+    if isinstance(data, StreamedText):
+        refuse_other_files(data.files, about.get("files", []))
+    if about.get("data") != data.fingerprint:
         cause = "the text or its tokenizer is not the one this run learned from"
         raise CheckpointError("other text", where=str(folder), cause=cause, fix="give the same text, or another --out")
 
 
-def open_folder(folder: Path, config: ResolvedConfig, data: Prepared) -> str:
+def open_folder(folder: Path, config: ResolvedConfig, data: Prepared | StreamedText) -> str:
     """Make the run folder, or find it again; return the run's id."""
     folder.mkdir(parents=True, exist_ok=True)
     about = read_about(folder)
@@ -161,8 +166,9 @@ def open_folder(folder: Path, config: ResolvedConfig, data: Prepared) -> str:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": sys.argv[1:],
             "machine": describe_machine(choose_device(config.system.device)),
-            "data": data.train.fingerprint,
+            "data": data.fingerprint,
         }
+        about |= {"files": data.files} if isinstance(data, StreamedText) else {}
         write_whole(folder / "run.json", json.dumps(about, indent=1))
         write_whole(folder / "config.yaml", portable_recipe(config))
     return str(about["run_id"])

@@ -13,7 +13,8 @@ import torch
 from gpt2lab import checkpoint
 from gpt2lab.config import RunConfig
 from gpt2lab.distributed import join
-from gpt2lab.errors import CheckpointError, ConfigError
+from gpt2lab.errors import CheckpointError, ConfigError, Interrupted
+from gpt2lab.feed import JOURNAL, await_text, remove_blocks
 from gpt2lab.folder import read_about, read_stored
 from gpt2lab.health import describe_batch
 from gpt2lab.run import set_up
@@ -91,11 +92,14 @@ def replay(folder: Path, step: int, config: RunConfig, console: Console) -> Repl
         while run.step < step:
             run.step += 1
             run.shift = logged[run.step].get("shift", run.shift)
+            if not await_text(run.batches, run.step - 1 + run.shift, ranks, stop):
+                raise Interrupted("stopped", where=str(folder), cause="nothing was changed", fix="give it again")
             row = train_step(run)
             run.health.note(row)
             if ranks.main:
                 console.progress(f"replaying step {run.step} of {step}", final=run.step == step)
         batch = describe_batch(run.batches, run.tokenizer, step - 1 + run.shift, [], {})
+        remove_blocks(run.batches.samples)
         run.close()
     then, now = ({key: value for key, value in r.items() if key not in MEASURED} for r in (logged[step], row))
     return Replayed(step, after, then, now, batch)
@@ -104,8 +108,9 @@ def replay(folder: Path, step: int, config: RunConfig, console: Console) -> Repl
 def _copy_before(folder: Path, step: int, copy: Path) -> None:
     """A run folder with the newest whole checkpoint before `step`, and nothing later."""
     copy.mkdir()
-    for name in ("config.yaml", "run.json"):
-        shutil.copy(folder / name, copy)
+    for name in ("config.yaml", "run.json", JOURNAL):
+        if (folder / name).exists():
+            shutil.copy(folder / name, copy)
     for found in checkpoint.step_folders(folder):
         if int(found.name.partition("-")[2]) < step:
             try:

@@ -18,9 +18,11 @@ from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
-from gpt2lab.data.samples import Contiguous
+from gpt2lab.data.stream.blocks import Block
+from gpt2lab.data.stream.text import StreamedText, open_stream
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, DataError
+from gpt2lab.feed import last_block_before, open_samples
 from gpt2lab.folder import (
     check_folder,
     inherit,
@@ -70,7 +72,7 @@ class Run:
     console: Console
     ranks: Ranks
     tokenizer: Tokenizer
-    data: Prepared
+    data: Prepared | StreamedText
     batches: Batches
     model: GPT2
     strategy: Single
@@ -94,6 +96,7 @@ class Run:
 
     def close(self) -> None:
         """Wait for what is being written, and let others into the folder."""
+        self.batches.samples.close()
         self.writer.close()
         if self.lock is not None:
             self.lock.release()
@@ -126,12 +129,14 @@ class Opening:
 
     Attributes:
         state: of the checkpoint that the run goes on from; None for a new one.
+        before: a block of a stream, from whose end on it can be read; None: only from its start.
         resumed, start: that checkpoint, or the model to start from; in the main process only.
     """
 
     config: ResolvedConfig
-    data: Prepared
+    data: Prepared | StreamedText
     state: dict[str, Any] | None
+    before: Block | None = None
     resumed: Checkpoint | None = None
     start: GPT2 | None = None
     derived: list[Derived] = field(default_factory=list)
@@ -153,15 +158,18 @@ def decide(config: RunConfig, folder: Path, console: Console, ranks: Ranks) -> O
         refuse_other_text(folder, settled.data)
     start = settled.start[0] if settled.start is not None else None
     state = resumed.state if resumed is not None else None
+    before = last_block_before(settled.config, folder, state) if isinstance(settled.data, StreamedText) else None
     told = {
         "recipe": to_yaml(settled.config),
         "text": str(settled.data.folder.absolute()),
-        "fingerprint": settled.data.train.fingerprint,
+        "fingerprint": settled.data.fingerprint,
+        "files": settled.data.files if isinstance(settled.data, StreamedText) else [],
         "tokenizer": settled.data.tokenizer.to_json(),
         "state": state,
+        "before": before.to_dict() if before is not None else None,
     }
     ranks.from_main(json.dumps(told), "opening")
-    return Opening(settled.config, settled.data, state, resumed, start, settled.derived)
+    return Opening(settled.config, settled.data, state, before, resumed, start, settled.derived)
 
 
 def listen(ranks: Ranks) -> Opening:
@@ -174,13 +182,17 @@ def listen(ranks: Ranks) -> Opening:
     config = build_config(parse_recipe(told["recipe"], "the main process"))
     resolved = ResolvedConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
     folder, tokenizer = Path(told["text"]), Tokenizer.from_json(told["tokenizer"])
-    data = open_prepared(folder) if folder.is_dir() else None
-    if data is None or data.train.fingerprint != told["fingerprint"]:
-        data = ranks.one_here_first(lambda: prepare(resolved.data, tokenizer), "text")
-    if data.train.fingerprint != told["fingerprint"]:
+    data: Prepared | StreamedText | None = open_prepared(folder) if folder.is_dir() else None
+    if data is not None and resolved.data.stream:
+        data = StreamedText(resolved.data, folder, tokenizer, data.validation, told["files"])
+    if data is None or data.fingerprint != told["fingerprint"]:
+        open_text = open_stream if resolved.data.stream else prepare
+        data = ranks.one_here_first(lambda: open_text(resolved.data, tokenizer), "text")
+    if data.fingerprint != told["fingerprint"]:
         cause = f"rank {ranks.rank} finds another text than the main process at {resolved.data.source}"
         raise DataError("texts differ", where="data.source", cause=cause, fix="copy the text to every machine")
-    return Opening(resolved, data, told["state"])
+    before = Block.from_dict(told["before"]) if told["before"] else None
+    return Opening(resolved, data, told["state"], before)
 
 
 def open_run(opening: Opening, folder: Path, lock: FileLock | None, console: Console, ranks: Ranks) -> Run:
@@ -212,7 +224,7 @@ def open_run(opening: Opening, folder: Path, lock: FileLock | None, console: Con
         tokenizer=data.tokenizer,
         data=data,
         batches=Batches(
-            Contiguous(data.train, resolved.seq_len, resolved.seed),
+            open_samples(resolved, data, folder, ranks, opening.before),
             step_samples=resolved.batch_tokens // resolved.seq_len,
             micro_batch=resolved.micro_batch,
             rank=ranks.rank,
@@ -266,8 +278,11 @@ def introduce(run: Run, derived: list[Derived]) -> None:
     shared = f", {run.ranks.world_size} processes ({config.system.strategy})" if run.ranks.world_size > 1 else ""
     exact = ", exact" if config.system.exact else ""
     say(f"run      {run.folder} on {describe_machine(run.ranks.device)}, {config.system.precision}{shared}{exact}")
-    learn, held = len(run.data.train), len(run.data.validation)
-    say(f"text     {config.data.source}: {learn:,} tokens to learn from, {held:,} held out")
+    if isinstance(run.data, StreamedText):
+        learn = f"streamed from {len(run.data.files):,} files, in blocks of {config.data.window_tokens:,} tokens"
+    else:
+        learn = f"{len(run.data.train):,} tokens to learn from"
+    say(f"text     {config.data.source}: {learn}, {len(run.data.validation):,} held out")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
     work = flops_per_token(config.model, config.seq_len) / 1e6

@@ -12,6 +12,7 @@ from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared
 from gpt2lab.data.samples import check_length
+from gpt2lab.data.stream.text import StreamedText, open_stream
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.generation.decode import check_prompt
@@ -37,7 +38,7 @@ class Settled:
 
     config: ResolvedConfig
     device: torch.device
-    data: Prepared
+    data: Prepared | StreamedText
     start: tuple[GPT2, Tokenizer] | None
     derived: list[Derived]
     world_size: int
@@ -58,9 +59,11 @@ def settle(config: RunConfig, ranks: Ranks | None = None, resumed: Checkpoint | 
     start = weights.open_model(config.init_from) if config.init_from and resumed is None else None
     if start is not None and config.model == GPT2Config():
         config = replace(config, model=start[0].config)
-    data = prepare(config.data, choose_tokenizer(config, resumed, start))
+    tokenizer = choose_tokenizer(config, resumed, start)
+    data = open_stream(config.data, tokenizer) if config.data.stream else prepare(config.data, tokenizer)
+    train_tokens = len(data.train) if isinstance(data, Prepared) else 0  # then the steps are given
     memory = available_memory_bytes(device) // (here if device.type == "cpu" else 1)
-    resolved, derived = resolve(config, data.tokenizer.vocab_size, len(data.train), device.type, memory, world)
+    resolved, derived = resolve(config, data.tokenizer.vocab_size, train_tokens, device.type, memory, world)
     check(resolved, data)
     tokens = resolved.micro_batch * resolved.seq_len
     precision, reason = choose_precision(resolved.system, resolved.model, tokens, device)
@@ -94,7 +97,7 @@ def choose_tokenizer(
     return start[1] if start is not None else None
 
 
-def check(config: ResolvedConfig, data: Prepared) -> None:
+def check(config: ResolvedConfig, data: Prepared | StreamedText) -> None:
     """Refuse what only the text and the tokenizer can tell.
 
     Raises:
@@ -105,7 +108,8 @@ def check(config: ResolvedConfig, data: Prepared) -> None:
         raise ConfigError(
             "vocabulary too small", where="model.vocab_size", cause=cause, fix="leave it out: the tokenizer decides"
         )
-    check_length(data.train, config.seq_len, "training")
+    if isinstance(data, Prepared):
+        check_length(data.train, config.seq_len, "training")
     if len(data.validation) < 2:
         raise DataError(
             "too little text",

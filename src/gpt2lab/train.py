@@ -14,9 +14,10 @@ from torch import Tensor
 from gpt2lab import checkpoint
 from gpt2lab.config import GPT2Config, RunConfig
 from gpt2lab.distributed import Ranks, join
-from gpt2lab.errors import Interrupted, is_out_of_memory
+from gpt2lab.errors import Interrupted, LabError, is_out_of_memory
 from gpt2lab.evaluate.perplexity import Perplexity, shard_tokens
 from gpt2lab.evaluate.scoring import token_losses
+from gpt2lab.feed import await_text, remove_blocks
 from gpt2lab.folder import portable_recipe
 from gpt2lab.generation import generate
 from gpt2lab.health import Health, describe_batch, is_bad, refuse_differing_replicas
@@ -62,6 +63,16 @@ def loop(run: Run, stop: StopSignals, until: int | None = None) -> Path:
     first, last = run.step, run.step == steps
     stopping = ranks.any(stop.received is not None)
     while not (last or stopping):
+        # once in a while: a stream brings its next text; whether or not it can, nothing that was learned is lost
+        try:
+            stopping = not await_text(run.batches, run.step + run.shift, ranks, stop)
+        except LabError:
+            save_progress(run, first)
+            raise
+        if stopping:
+            save_progress(run, first)
+            break
+
         run.step, last = run.step + 1, run.step + 1 == steps
         row = train_step(run)
         if row.get("spike") and config.on_spike == "rollback" and roll_back(run, row):
@@ -95,6 +106,7 @@ def loop(run: Run, stop: StopSignals, until: int | None = None) -> Path:
             cause=done,
             fix="give the same command again: it goes on from there",
         )
+    remove_blocks(run.batches.samples)
     run.console.say(f"complete: {steps} steps in {run.folder}" + (", nothing left to do" if first == steps else ""))
     return run.folder
 
@@ -286,6 +298,12 @@ def save(run: Run, row: dict[str, Any], *, wait: bool) -> None:
     )  # fmt: skip
 
 
+def save_progress(run: Run, first: int) -> None:
+    """A checkpoint between two steps, unless there is one of this step: the sitting's first, or one that was due."""
+    if run.step > first and not due(run.step, run.config.checkpoint_every):
+        save(run, {}, wait=True)
+
+
 def record(run: Run, row: dict[str, Any]) -> None:
     """A row for programs, and a line for people."""
     if row["step"]:
@@ -303,6 +321,10 @@ def report(run: Run, row: dict[str, Any]) -> None:
         left = clock(run.elapsed_seconds / run.step * (steps - run.step))
         text += f"  loss {row['loss']:.4f}  lr {row['learning_rate']:.1e}"
         text += f"  {row['tokens_per_second']:,.0f} tok/s  {left} left"
+        where = run.batches.samples.where(run.batches.step_indices(run.step - 1 + run.shift)[-1])
+        text += f"  {where}" if where else ""
+    for news in run.batches.samples.news():
+        run.console.say(news)
     if "spike" in row:
         run.console.say(
             f"step {run.step}: loss {row['loss']:.4f} is a spike, {row['spike']:.1f} deviations above the last ones"

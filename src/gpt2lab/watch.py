@@ -78,6 +78,10 @@ class Watch:
         self._first_step = step if self._first_step is None else self._first_step
         self._moved = time.monotonic()
 
+    def waiting(self) -> None:
+        """The main thread waits for something outside, and does not hang."""
+        self._moved = time.monotonic()
+
     def __enter__(self) -> Watch:
         self._stacks = stack_file(os.getpid()).open("w")
         if hasattr(faulthandler, "register"):  # not on Windows

@@ -30,6 +30,11 @@ class Prepared:
     validation: Shards
     account: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids to learn from, and of the tokenizer."""
+        return self.train.fingerprint
+
     def summary(self) -> dict[str, Any]:
         """What is in it, in numbers, and the start of its first sample."""
         splits = {"train": self.train, "validation": self.validation}

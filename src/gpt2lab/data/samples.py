@@ -34,6 +34,15 @@ class Samples(Protocol):
     def scored(self, index: int) -> np.ndarray:
         """Which of its `seq_len` targets, all but its first id, are to be learned: booleans."""
 
+    def where(self, index: int) -> str:
+        """Where in its source it lies, for the line that shows progress; may be empty."""
+
+    def news(self) -> list[str]:
+        """What a person should be told of the source, and was not yet."""
+
+    def close(self) -> None:
+        """No more samples are needed."""
+
 
 @dataclass(frozen=True)
 class Contiguous:
@@ -72,6 +81,17 @@ class Contiguous:
     def scored(self, index: int) -> np.ndarray:
         """All but those of prompts."""
         return self.shards.scored(self.start(index) + 1, self.seq_len)
+
+    def where(self, index: int) -> str:
+        """Nowhere that would say more than the step does."""
+        return ""
+
+    def news(self) -> list[str]:
+        """Nothing: what is wrong in a text was said when it was prepared."""
+        return []
+
+    def close(self) -> None:
+        """Shards are closed with the last reference to them."""
 
 
 def epoch_samples(num_tokens: int, seq_len: int) -> int:

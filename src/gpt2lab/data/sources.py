@@ -36,6 +36,26 @@ Reading = Callable[[], Iterator[Found | Piece | Skipped]]
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    name: str
+    identity: str
+    read: Callable[[], Iterator[Found | Piece | Skipped]]
+
+
+def source_files(source: str, fields: Sequence[str] = ()) -> list[SourceFile]:
+    if os.path.isdir(source):
+        folder = Path(source)
+        files = [(path.relative_to(folder).as_posix(), path) for path in _below(folder)]
+    elif glob.has_magic(source):
+        files = [(path, Path(path)) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
+    else:
+        files = [(Path(source).name, Path(source))]
+    return [SourceFile(name, str(path.stat().st_size), partial(read_file, path, name, fields)) for name, path in files]
+
+
+@dataclass(frozen=True)
 class Document:
     """A piece of text that stands by itself."""
 

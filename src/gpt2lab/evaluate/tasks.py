@@ -12,6 +12,7 @@ import numpy as np
 from gpt2lab.checkpoint import CONFIG
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.sources import read_documents
+from gpt2lab.data.stream.text import open_stream
 from gpt2lab.errors import ConfigError
 from gpt2lab.evaluate.perplexity import document_tokens, perplexity, shard_tokens
 from gpt2lab.model.gpt2 import GPT2
@@ -70,9 +71,10 @@ def evaluate(
     if data is not None:
         token_ids, num_bytes = document_tokens(read_documents(data), tokenizer)
     elif run is not None:
-        prepared = prepare(run.data, run.tokenizer or tokenizer)
+        open_text = open_stream if run.data.stream else prepare
+        prepared = open_text(run.data, run.tokenizer or tokenizer)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:  # learned from a text that has changed since
-            prepared = prepare(run.data, tokenizer)
+            prepared = open_text(run.data, tokenizer)
         token_ids, num_bytes = shard_tokens(prepared.validation, tokenizer, run.data.validation_tokens)
     else:
         raise ConfigError("no text", where=name, cause="this model has no held-out text of its own", fix="--data=FILE")
