@@ -142,9 +142,10 @@ class GPT2Config:
 class DataConfig:
     """What text."""
 
-    source: str = "python-docs"
+    source: str | Annotated[tuple[str, ...], Field(min_length=1)] = "python-docs"
     """python-docs (the prose and source of this Python installation), tinyshakespeare, a file, a folder, a pattern such as
-    "books/*.jsonl.zst", - for standard input, or prepared shards."""
+    "books/*.jsonl.zst", an http(s) address, a data set on the Hub such as hf:roneneldan/TinyStories, - for standard input,
+    or prepared shards; or a list of them, for all their texts, one after the other."""
     fields: tuple[str, ...] = ()
     """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
     on_fault: Literal["skip", "stop"] = "skip"
@@ -153,6 +154,11 @@ class DataConfig:
     """Text to validate on, like source. None: a tenth of the source is held out, whole documents where there are many."""
     validation_tokens: Count | None = None
     """How many tokens of the validation text to score at each validation. None: all."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source, or all of them, as a list."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, config=_STRICT)

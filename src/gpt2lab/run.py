@@ -18,6 +18,7 @@ from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
+from gpt2lab.data.sources import described
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, DataError
 from gpt2lab.folder import (
@@ -177,7 +178,7 @@ def listen(ranks: Ranks) -> Opening:
     if data is None or data.train.fingerprint != told["fingerprint"]:
         data = ranks.one_here_first(lambda: prepare(resolved.data, tokenizer), "text")
     if data.train.fingerprint != told["fingerprint"]:
-        cause = f"rank {ranks.rank} finds another text than the main process at {resolved.data.source}"
+        cause = f"rank {ranks.rank} finds another text than the main process at {described(resolved.data.source)}"
         raise DataError("texts differ", where="data.source", cause=cause, fix="copy the text to every machine")
     return Opening(resolved, data, told["state"])
 
@@ -268,7 +269,7 @@ def introduce(run: Run, derived: list[Derived]) -> None:
     exact = ", exact" if config.system.exact else ""
     say(f"run      {run.folder} on {describe_machine(run.ranks.device)}, {config.system.precision}{shared}{exact}")
     learn, held = len(run.data.train), len(run.data.validation)
-    say(f"text     {config.data.source}: {learn:,} tokens to learn from, {held:,} held out")
+    say(f"text     {described(config.data.source)}: {learn:,} tokens to learn from, {held:,} held out")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
     work = flops_per_token(config.model, config.seq_len) / 1e6

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2lab import cli
-from gpt2lab.data import sources
+from gpt2lab.data import named
 from gpt2lab.data.sources import Document, read_documents
 from gpt2lab.errors import DataError
 
@@ -178,4 +178,4 @@ def test_it_is_downloaded_once(data_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert "gave other bytes than it should" in complaint("tinyshakespeare")
     read = [read_documents("tinyshakespeare")[0].text.encode() for _ in range(2)]
-    assert read == [content, content] and asked == [sources.SHAKESPEARE_URL] * 2
+    assert read == [content, content] and asked == [named.SHAKESPEARE_URL] * 2
