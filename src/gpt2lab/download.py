@@ -87,7 +87,7 @@ def get(url: str, headers: dict[str, str]) -> Iterator[Answer]:
     with answer as response:
         if response.status_code not in (200, 206):
             raise Refused(response)
-        chunks = response.raw.stream(CHUNK, decode_content=False) if old else response.iter_raw(CHUNK)
+        chunks = response.raw.stream(CHUNK, decode_content=False) if old else response.iter_raw()
         yield Answer(response.status_code, response.headers, chunks)
 
 

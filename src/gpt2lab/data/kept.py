@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import weakref
 from typing import TYPE_CHECKING, BinaryIO
 
 from gpt2lab.data.remote import RemoteFile
@@ -45,6 +46,7 @@ class Kept:
         """Copy a stream to its end; where the copy lies, for `read`."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as this
+            weakref.finalize(self, self._file.close)
         start = self._file.seek(0, os.SEEK_END)
         while data := stream.read(_BLOCK):
             self._file.write(data)
