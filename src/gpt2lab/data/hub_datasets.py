@@ -26,6 +26,8 @@ PREFIX = "hf:"
 CONVERTED = "refs/convert/parquet"
 LARGEST_README = 2**23
 MOST_FILES = 500_000
+DEPTH = 30
+"""Lists inside one another in a README's settings."""
 _NAME = re.compile(
     r"hf:(?!.*\.\.)(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[\w.-]+))?"
     r"(?:/(?P<config>[^/:@]+))?(?::(?P<split>[\w.-]+))?",
@@ -35,6 +37,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEAD = re.compile(r"\s*---[ \t]*\r?\n(.*?\n)---", re.DOTALL)
 _README, _SETTINGS, _INFOS = "README.md", ".huggingface.yaml", "dataset_infos.json"
 _LISTED = 20
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # some READMEs have megabytes
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,12 @@ class _Repository:
 
     def _parse(self, text: str, path: str) -> dict[str, Any]:
         try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                raise ValueError("it uses YAML aliases")
-            values = yaml.safe_load(text) or {}
+            depth = 0
+            for event in yaml.parse(text, _LOADER):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if isinstance(event, yaml.AliasEvent) or depth > DEPTH:
+                    raise ValueError("it uses YAML aliases, or lists in lists without end")
+            values = _LOADER(text).get_single_data() or {}
             if not isinstance(values, dict) or not isinstance(values.get("configs") or [], list):
                 raise ValueError("its settings are no list")
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -182,6 +188,7 @@ def _resolve(repository: _Repository, settings: list[Any], config: str | None) -
     with tempfile.TemporaryDirectory() as place:
         folder, cache = Path(place, "files"), str(Path(place, "cache"))
         _draw(repository, settings, folder)
+        names: list[str] = []
         try:
             names = datasets.get_dataset_config_names(str(folder))
             if config is None or config in names:
@@ -192,8 +199,9 @@ def _resolve(repository: _Repository, settings: list[Any], config: str | None) -
                     for split, files in found.items()
                 }
         except Exception as error:  # of many types, in the library's words for those who write data sets
-            if config is not None or "onfig name is missing" not in str(error):
-                cause = f"the library `datasets` finds no data files in it ({error!s:.150})".replace(f"{folder}/", "")
+            if config is not None or not names or "onfig name is missing" not in str(error):
+                said = str(error).replace(f"{folder}/", "").replace(str(folder), repository.name)
+                cause = f"the library `datasets` finds no data files in it ({said[:150]})"
                 raise repository.error(cause, "look at its page on the Hub, or give a local copy of it") from None
     raise _unknown(repository.source, "configuration", config, names, f"{PREFIX}{repository.name}/{names[0]}")
 
