@@ -203,12 +203,8 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
 def test_a_repository_that_cannot_be_used_is_one_line(files: dict[str, bytes], sentence: str, fake: FakeHub) -> None:
     fake.commit(files)
     said = complaint(f"hf:{NAME}")
-    assert (
-        said.startswith(f"unusable data set (hf:{NAME}): ")
-        and sentence in said
-        and "files/" not in said
-        and str(Path(gettempdir())) not in said
-    )
+    assert said.startswith(f"unusable data set (hf:{NAME}): ") and sentence in said
+    assert gettempdir() not in said and "files/" not in said
 
 
 # --- How they are read ------------------------------------------------------------------------------------------------
