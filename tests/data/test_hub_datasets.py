@@ -195,7 +195,9 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "no list": ({"README.md": b"---\nconfigs: 5\n---\n"}, "its README.md cannot be read: its settings are no list"),
     "aliases": ({"README.md": b"---\na: &a [1]\nconfigs: [*a, *a]\n---\n"}, "it uses YAML aliases"),
     "brackets without end": ({"README.md": b"---\nconfigs: " + b"[" * 2**22 + b"\n---\n"}, "or lists in lists without end"),
-    "no configurations": ({"README.md": b"---\nconfigs: [1, 2]\n---\n", "a.txt": b"a"}, "finds no data files in it"),
+    "a file that is a folder": ({"a": b"", "a/b.txt": b"b"}, "finds no data files in it"),
+    "a name that no file can have": ({"a" * 300: b""}, "finds no data files in it"),
+    "no configurations": ({"README.md": b"---\nconfigs: [1, 2]\n---\n", "a.txt": b"a"}, "lists configurations without names"),
 }  # fmt: skip
 
 

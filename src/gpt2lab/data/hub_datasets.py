@@ -7,6 +7,7 @@ repository whose data are made by a script is read from the Hub's own copy in Pa
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import time
@@ -20,7 +21,7 @@ import yaml
 
 from gpt2lab.data.remote import RemoteFile
 from gpt2lab.download import OFFLINE, patiently, words
-from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.errors import ConfigError, DataError, as_lab_error
 
 PREFIX = "hf:"
 CONVERTED = "refs/convert/parquet"
@@ -78,7 +79,7 @@ def hub_files(source: str, sleep: Callable[[float], None] = time.sleep) -> list[
     if not settings and f"{PurePosixPath(repository.name).name}.py" in repository.paths:
         repository, splits = _converted(repository, config)
     else:
-        splits = _resolve(repository, settings, config)
+        splits = _resolve(repository, _choose_config(repository, settings, config))
     paths = splits[_choose_split(source, split, splits)]
     return [HubFile(path, f"{repository.name}@{repository.commit}/{path}", repository.file(path)) for path in paths]
 
@@ -172,11 +173,29 @@ def _look_up(name: str, revision: str, source: str, sleep: Callable[[float], Non
     return patiently(ask, 2, sleep, refused)
 
 
-def _resolve(repository: _Repository, settings: list[Any], config: str | None) -> dict[str, list[str]]:
-    """The files of each split of a configuration, as the library finds them.
+def _choose_config(repository: _Repository, settings: list[Any], config: str | None) -> list[Any]:
+    """What a repository says of the configuration that is meant, as a list of one; without settings, it has but one.
 
     Raises:
-        DataError: there is no such configuration, or the library finds none.
+        DataError: there is no such one, or it is not clear.
+    """
+    try:
+        named = {str(one["config_name"]): one for one in settings}
+        defaults = [name for name, one in named.items() if name == "default" or one.get("default")]
+    except (TypeError, KeyError, AttributeError):
+        raise repository.error("its README lists configurations without names", "use another data set") from None
+    names = list(named) or ["default"]
+    chosen = config or (defaults[0] if len(defaults) == 1 else names[0] if len(names) == 1 else "")
+    if chosen not in names:
+        raise _unknown(repository.source, "configuration", config, names, f"{PREFIX}{repository.name}/{names[0]}")
+    return [named[chosen]] if named else []
+
+
+def _resolve(repository: _Repository, settings: list[Any]) -> dict[str, list[str]]:
+    """The files of each split, as the library finds them; `settings`: of one configuration, or nothing.
+
+    Raises:
+        DataError: the library finds none. ConfigError: it is not installed.
     """
     try:
         import datasets
@@ -186,24 +205,20 @@ def _resolve(repository: _Repository, settings: list[Any], config: str | None) -
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     with tempfile.TemporaryDirectory() as place:
-        folder, cache = Path(place, "files"), str(Path(place, "cache"))
-        _draw(repository, settings, folder)
-        names: list[str] = []
+        folder = Path(place, "files").resolve()
         try:
-            names = datasets.get_dataset_config_names(str(folder))
-            if config is None or config in names:
-                found = datasets.load_dataset_builder(str(folder), config, cache_dir=cache).config.data_files
-                start = folder.resolve()
-                return {
-                    str(split): [Path(path).resolve().relative_to(start).as_posix() for path in files]
-                    for split, files in found.items()
-                }
+            _draw(repository, settings, folder)
+            found = datasets.load_dataset_builder(str(folder), cache_dir=str(Path(place, "cache"))).config.data_files
+            return {
+                str(split): [Path(path).relative_to(folder).as_posix() for path in paths]
+                for split, paths in found.items()
+            }
         except Exception as error:  # of many types, in the library's words for those who write data sets
-            if config is not None or not names or "onfig name is missing" not in str(error):
-                said = str(error).replace(f"{folder}/", "").replace(str(folder), repository.name)
-                cause = f"the library `datasets` finds no data files in it ({said[:150]})"
-                raise repository.error(cause, "look at its page on the Hub, or give a local copy of it") from None
-    raise _unknown(repository.source, "configuration", config, names, f"{PREFIX}{repository.name}/{names[0]}")
+            if as_lab_error(error):
+                raise
+            said = str(error).replace(f"{folder}/", "").replace(str(folder), repository.name)
+            cause = f"the library `datasets` finds no data files in it ({said[:150]})"
+            raise repository.error(cause, "look at its page on the Hub, or give a local copy of it") from None
 
 
 def _draw(repository: _Repository, settings: list[Any], folder: Path) -> None:
@@ -212,11 +227,16 @@ def _draw(repository: _Repository, settings: list[Any], folder: Path) -> None:
         cause = f"it has {len(repository.paths):,} files; {MOST_FILES:,} are allowed"
         raise repository.error(cause, "use another data set, or a local copy of it")
     folder.mkdir()
+    empty = folder  # names of one empty file are made many times as fast as files
     for path in sorted(repository.paths - {_README, _SETTINGS, _INFOS}):
         if not _leads_out(path) and not path.endswith(".py"):
             place = folder / path
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.touch()
+            try:
+                os.link(empty, place)
+            except OSError:  # the first, or as many as the disk allows, or a disk without links
+                place.touch()
+                empty = place
     if settings:
         (folder / _README).write_text(f"---\n{yaml.safe_dump({'configs': settings})}---\n", encoding="utf-8")
 
