@@ -74,6 +74,7 @@ PASS: dict[str, tuple[list[Fault], list[float]]] = {
     "in chunks that break at the end": ([{"no length": 1, "cut": len(CONTENT)}], [1]),
     "it sends no parts": ([{"cut": 300_000}, {"no ranges": 1}], [1]),
     "it sends no parts, and breaks": ([{"cut": 300_000}, {"no ranges": 1, "cut": 200_000}, {"no ranges": 1}], [1, 2]),
+    "its part ends early": ([{"cut": 300_000}, {"short": 400_000}], [1, 1]),
     "its part begins before": ([{"cut": 300_000}, {"from": 7}], [1]),
     "its part begins after, once": ([{"cut": 300_000}, {"from": 900_000}], [1, 2]),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 Fault = dict[str, Any]
 """``status`` and ``headers`` in place of the file; ``cut``: bytes after which the line breaks; ``stall``: it is silent then;
-``short``: it says a length that is shorter by so much; ``no ranges``, ``no length``, ``from``: what it does not do, and where
+``short``: it sends so many bytes less, and says so; ``no ranges``, ``no length``, ``from``: what it does not do, and where
 its part begins instead; ``drop``: it says nothing at all."""
 
 
