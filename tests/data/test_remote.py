@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from gpt2lab import cli
-from gpt2lab.data import kept, remote
+from gpt2lab.data import kept
 from gpt2lab.data.kept import Kept
 from gpt2lab.data.remote import RemoteFile, shown
 from gpt2lab.data.sources import open_source, read_documents, source_files
@@ -352,4 +352,3 @@ def test_control_the_words_of_a_client_are_read_for_secrets() -> None:
 
     error = OSError(f"HTTPPool(host='h'): url: /a/b?sig={SECRET} (Caused by 'http://me:{SECRET}@h/x')")
     assert SECRET in str(error) and SECRET not in brief(error) and "/a/b?..." in brief(error)
-    assert remote.PATIENT_TRIES > 4
