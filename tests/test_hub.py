@@ -1,30 +1,24 @@
 """The Hub, as a server on the loopback that fails in many ways. Whatever happens, no half file has a final name."""
 
-import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants, hf_hub_download
 
 from gpt2lab.errors import CheckpointError, ConfigError, DataError, LabError, UntrustedFileError
 from gpt2lab.hub import fetch
+from tests.fakehub import NAME, FakeHub, Fault, child_environment, digest, is_lfs, serving
 
-ROOT = Path(__file__).parents[1]
-NAME = "me/model"
 CONFIG, WEIGHTS, INDEX, VOCAB = "config.json", "model.safetensors", "model.safetensors.index.json", "vocab.json"
 MODEL = {
     CONFIG: b'{"model_type": "gpt2"}', WEIGHTS: Random(0).randbytes(300_000), VOCAB: b'{"a": 0}', "merges.txt": b"",
@@ -32,155 +26,6 @@ MODEL = {
 }  # fmt: skip
 ELSE = {"pytorch_model.bin": b"\x80\x04cos\nsystem\n", "modeling.py": b"import os", "README.md": b"# Hello"}
 TOKENIZER = (VOCAB, "merges.txt")
-Fault = dict[str, Any]
-
-
-# --- The server -------------------------------------------------------------------------------------------------------
-
-
-def is_lfs(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))
-
-
-def digest(content: bytes, lfs: bool) -> str:
-    """The sha256 of the content, or what `git hash-object` says."""
-    if lfs:
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0%s" % (len(content), content), usedforsecurity=False).hexdigest()
-
-
-@dataclass
-class FakeHub:
-    """A Hub with one repository.
-
-    Attributes:
-        commits: its files at each commit; `refs` say which commit a branch is at.
-        faults: what goes wrong at the next requests for a file, or for "api"; `always`, at all of them.
-        asked: method, path and headers of each request; those to the server of large files have `/cdn/` in their path.
-        after: called when a file was sent.
-        go_on: what a stalled answer waits for.
-    sent: bytes that were taken of an endless answer.
-    pauses: what the client would have waited.
-    """
-
-    url: str = ""
-    cdn: str = ""
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-    faults: dict[str, list[Fault]] = field(default_factory=dict)
-    always: dict[str, Fault] = field(default_factory=dict)
-    asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-    after: Callable[[str], None] = lambda name: None
-    go_on: threading.Event = field(default_factory=threading.Event)
-    sent: int = 0
-    pauses: list[float] = field(default_factory=list)
-
-    def commit(self, files: dict[str, bytes], *, branch: str = "main") -> str:
-        commit = digest(repr(files).encode(), lfs=False)
-        self.commits[commit], self.refs[branch] = files, commit
-        return commit
-
-    def fault(self, name: str) -> Fault:
-        waiting = self.faults.get(name)
-        return waiting.pop(0) if waiting else self.always.get(name, {})
-
-    def fetch(self, *files: str, name: str = NAME) -> Path:
-        return fetch(name, *files, sleep=self.pauses.append)
-
-    def got(self) -> list[str]:
-        """The names of the files that were asked for, at the place that has them."""
-        paths = [path for method, path, _ in self.asked if method == "GET"]
-        return [
-            name
-            for path in paths
-            for name in [path.rpartition("/")[2]]
-            if ("/cdn/" if is_lfs(name) else "/resolve/") in path
-        ]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Speaks what huggingface_hub understands: the list of a revision, and files behind /resolve/, large ones elsewhere."""
-
-    server: "Server"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        fake, path = self.server.hub, unquote(urlsplit(self.path).path)
-        fake.asked.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
-        match path.strip("/").split("/"):
-            case ["api", "models", owner, name, *rest] if f"{owner}/{name}" in (NAME, "openai-community/gpt2"):
-                fault = fake.fault("api")
-                revision = "/".join(rest[1:]) or "main"
-                commit = fake.refs.get(revision, revision)
-                if commit not in fake.commits:
-                    return self.answer({}, 404, b"no such revision")
-                self.answer(fault, 200, json.dumps(self.listing(commit) | fault.get("listing", {})).encode())
-            case [owner, name, "resolve", revision, file] if f"{owner}/{name}" in (NAME, "openai-community/gpt2"):
-                commit = fake.refs.get(revision, revision)
-                content = fake.commits[commit].get(file)
-                if content is None:
-                    return self.answer({}, 404, b"no such file")
-                lfs, mark = is_lfs(file), digest(content, is_lfs(file))
-                headers = {"X-Repo-Commit": commit, "ETag": f'"{mark}"'}
-                if lfs:
-                    headers |= {"X-Linked-Etag": f'"{mark}"', "X-Linked-Size": str(len(content))}
-                    headers |= {"Location": f"{fake.cdn}/cdn/{commit}/{file}"}
-                self.answer({} if lfs else fake.fault(file), 302 if lfs else 200, b"" if lfs else content, headers)
-                fake.after(file)
-            case ["cdn", commit, file]:
-                self.answer(fake.fault(file), 200, fake.commits[commit][file])
-                fake.after(file)
-            case _:
-                self.answer({}, 401, b"who are you?")
-
-    def listing(self, commit: str) -> dict[str, Any]:
-        def entry(name: str, content: bytes) -> dict[str, Any]:
-            pointer = {"lfs": {"sha256": digest(content, True), "size": len(content), "pointerSize": 130}}
-            found = {"rfilename": name, "size": len(content), "blobId": digest(content, False)}
-            return found | (pointer | {"blobId": "0" * 40} if is_lfs(name) else {})
-
-        files = [entry(name, content) for name, content in self.server.hub.commits[commit].items()]
-        return {"_id": "1", "id": NAME, "sha": commit, "private": False, "siblings": files, "tags": []}
-
-    def answer(self, fault: Fault, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        fake, headers = self.server.hub, headers or {}
-        if "drop" in fault:
-            self.close_connection = True
-            return
-        if "status" in fault:
-            status, content, headers = fault["status"], b"no", fault.get("headers", {})
-        content = fault.get("content", lambda content: content)(content)
-        start = 0
-        if status == 200 and "Range" in self.headers and "no ranges" not in fault:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            status, content = (206, content[start:]) if start < len(content) else (416, b"")
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(fault.get("length", len(content))))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        self.wfile.write(content[: fault.get("cut", len(content))])
-        self.wfile.flush()
-        for _ in range(0, fault.get("length", 0), 2**20):
-            self.wfile.write(bytes(2**20))
-            fake.sent += 2**20
-        if "stall" in fault:
-            fake.go_on.wait()
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
-
-
-class Server(ThreadingHTTPServer):
-    hub: FakeHub
-
-    def handle_error(self, *_: Any) -> None:
-        """Nothing: the clients here go away in the middle."""
 
 
 @pytest.fixture
@@ -191,29 +36,15 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub that has the model, and its large files on another server; at the end, the cache is looked through."""
-    fake, servers = FakeHub(), [Server(("127.0.0.1", 0), Handler) for _ in range(2)]
-    for server in servers:
-        server.hub = fake
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    fake.url, fake.cdn = f"http://127.0.0.1:{servers[0].server_port}", f"http://localhost:{servers[1].server_port}"
-    fake.commit(MODEL | ELSE)
-    changes = {
-        "ENDPOINT": fake.url,
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-    }
-    changes |= {"HF_HUB_DISABLE_PROGRESS_BARS": True, "HF_TOKEN_PATH": str(cache / "none"), "HF_HUB_DISABLE_XET": True}
-    for name, value in changes.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield fake
-    fake.go_on.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with serving(monkeypatch, cache) as fake:
+        fake.commit(MODEL | ELSE)
+        yield fake
     assert not half_files(cache)
+
+
+def bring(fake: FakeHub, *files: str, name: str = NAME) -> Path:
+    """`fetch`, which does not wait but notes how long it would have."""
+    return fetch(name, *files, sleep=fake.pauses.append)
 
 
 def half_files(cache: Path) -> list[str]:
@@ -248,18 +79,11 @@ def in_a_child(
     )
 
 
-def child_environment(fake: FakeHub, home: Path) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    ours = {"HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    ours |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
-    return kept | ours
-
-
 # --- When all is well -------------------------------------------------------------------------------------------------
 
 
 def test_a_model_comes_whole_and_nothing_else_does(fake: FakeHub, cache: Path) -> None:
-    folder = fake.fetch()
+    folder = bring(fake)
     assert folder == cache / "models--me--model" / "snapshots" / fake.refs["main"]
     assert contents(folder) == MODEL and not fake.pauses
     assert digest(b"hello\n", lfs=False) == "ce013625030ba8dba906f756967f9e9ca394464a"  # by git itself
@@ -269,17 +93,17 @@ def test_a_model_comes_whole_and_nothing_else_does(fake: FakeHub, cache: Path) -
 
 
 def test_a_tokenizer_alone(fake: FakeHub) -> None:
-    assert contents(fake.fetch(*TOKENIZER)) == {name: MODEL[name] for name in TOKENIZER}
+    assert contents(bring(fake, *TOKENIZER)) == {name: MODEL[name] for name in TOKENIZER}
 
 
 def test_the_second_time_the_hub_is_asked_once(fake: FakeHub) -> None:
-    folder = fake.fetch()
+    folder = bring(fake)
     fake.asked.clear()
-    assert fake.fetch() == folder and [path for _, path, _ in fake.asked] == ["/api/models/me/model/revision/main"]
+    assert bring(fake) == folder and [path for _, path, _ in fake.asked] == ["/api/models/me/model/revision/main"]
 
 
 def test_gpt2_has_a_short_name(fake: FakeHub, cache: Path) -> None:
-    assert fake.fetch(name="gpt2").parts[-3] == "models--openai-community--gpt2"
+    assert bring(fake, name="gpt2").parts[-3] == "models--openai-community--gpt2"
     assert fake.asked[0][1] == "/api/models/openai-community/gpt2/revision/main"
 
 
@@ -289,18 +113,18 @@ def test_gpt2_has_a_short_name(fake: FakeHub, cache: Path) -> None:
 def test_what_is_no_name_is_not_asked_for(name: str, fake: FakeHub) -> None:
     for files, exit_code in (((), 4), (TOKENIZER, 3)):
         with pytest.raises(LabError, match=r"no name on the Hub: .* is neither OWNER/NAME nor") as caught:
-            fake.fetch(*files, name=name)
+            bring(fake, *files, name=name)
         assert caught.value.exit_code == exit_code and not fake.asked
 
 
 def test_only_what_is_not_there_is_missing(fake: FakeHub) -> None:
     fake.commit({CONFIG: b"{}", WEIGHTS: b"weights"})
-    assert contents(fake.fetch()) == {CONFIG: b"{}", WEIGHTS: b"weights"}
+    assert contents(bring(fake)) == {CONFIG: b"{}", WEIGHTS: b"weights"}
     with pytest.raises(DataError, match=r"incomplete \(me/model\): the repository has no vocab.json"):
-        fake.fetch(*TOKENIZER)
+        bring(fake, *TOKENIZER)
     fake.commit({WEIGHTS: b"weights"})
     with pytest.raises(CheckpointError, match=r"incomplete \(me/model\): the repository has no config.json"):
-        fake.fetch()
+        bring(fake)
 
 
 # --- Faults that pass -------------------------------------------------------------------------------------------------
@@ -343,14 +167,14 @@ PASS: dict[str, tuple[str, list[Fault], list[float]]] = {
 @pytest.mark.parametrize(("name", "faults", "pauses"), PASS.values(), ids=PASS)
 def test_a_fault_that_passes_costs_a_pause(name: str, faults: list[Fault], pauses: list[float], fake: FakeHub) -> None:
     fake.faults[name] = list(faults)
-    assert contents(fake.fetch()) == MODEL
+    assert contents(bring(fake)) == MODEL
     asked = [path for _, path, _ in fake.asked if "/api/" in path] if name == "api" else fake.got()
     assert fake.pauses == pauses and fake.faults[name] == [] and len(asked) == len(faults) + (1 if name == "api" else 5)
 
 
 def test_what_came_is_not_asked_for_again(fake: FakeHub) -> None:
     fake.faults[WEIGHTS] = [{"cut": 200_000}]
-    fake.fetch()
+    bring(fake)
     first, second = (headers.get("range", "") for _, path, headers in fake.asked if "/cdn/" in path)
     assert first == "" and 100_000 < int(second.removeprefix("bytes=").removesuffix("-")) <= 200_000
 
@@ -358,7 +182,7 @@ def test_what_came_is_not_asked_for_again(fake: FakeHub) -> None:
 def test_a_server_that_falls_silent_is_left(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     fake.faults[WEIGHTS] = [{"cut": 200_000, "stall": True}]
-    assert contents(fake.fetch()) == MODEL and fake.pauses[0] == 1
+    assert contents(bring(fake)) == MODEL and fake.pauses[0] == 1
 
 
 def test_what_an_earlier_program_left_is_no_obstacle(fake: FakeHub, cache: Path) -> None:
@@ -366,18 +190,18 @@ def test_what_an_earlier_program_left_is_no_obstacle(fake: FakeHub, cache: Path)
     blobs.mkdir(parents=True)
     for name, left in ((WEIGHTS, b"?" * 400_000), (CONFIG, other(MODEL[CONFIG])), (VOCAB, b"?")):
         (blobs / f"{digest(MODEL[name], is_lfs(name))}.incomplete").write_bytes(left)
-    assert contents(fake.fetch()) == MODEL and not fake.pauses and not list(blobs.glob("*.incomplete"))
+    assert contents(bring(fake)) == MODEL and not fake.pauses and not list(blobs.glob("*.incomplete"))
 
 
 def test_a_moved_repository_is_followed(fake: FakeHub) -> None:
     new = "/api/models/openai-community/gpt2/revision/main?blobs=True"
     fake.faults["api"] = [{"status": 307, "headers": {"Location": new}}]
-    assert contents(fake.fetch()) == MODEL and len(fake.asked) > 2
+    assert contents(bring(fake)) == MODEL and len(fake.asked) > 2
 
 
 def test_the_token_is_for_the_hub_alone(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    fake.fetch()
+    bring(fake)
     seen = {path: headers.get("authorization") for _, path, headers in fake.asked}
     assert {token for path, token in seen.items() if "/cdn/" not in path} == {"Bearer hf_secret"}
     assert [token for path, token in seen.items() if "/cdn/" in path] == [None]
@@ -425,24 +249,24 @@ def test_a_fault_that_stays_is_one_line(
 ) -> None:
     fake.always[name] = fault
     with pytest.raises(LabError, match=sentence) as caught:
-        fake.fetch(*files)
+        bring(fake, *files)
     assert caught.value.exit_code == exit_code and "\n" not in str(caught.value) and fake.pauses == pauses
 
 
 def test_weights_that_always_break_off_are_asked_for_four_times(fake: FakeHub, cache: Path) -> None:
     fake.always[WEIGHTS] = {"cut": 66_000}
     with pytest.raises(CheckpointError, match=r"\(me/model: model.safetensors\): .* in 4 tries"):
-        fake.fetch()
+        bring(fake)
     assert fake.pauses == [1, 2, 4] and fake.got().count(WEIGHTS) == 4
     fake.always.clear()
-    assert contents(fake.fetch()) == MODEL  # the fifth goes on
+    assert contents(bring(fake)) == MODEL  # the fifth goes on
     assert "range" in fake.asked[-1][2] and not list(cache.rglob("*.incomplete"))
 
 
 def test_an_endless_answer_is_left(fake: FakeHub) -> None:
     fake.always[WEIGHTS] = {"length": 2**28}
     with pytest.raises(CheckpointError, match="damaged download"):
-        fake.fetch()
+        bring(fake)
     assert 0 < fake.sent < 2**27 and fake.got().count(WEIGHTS) == 2
 
 
@@ -451,7 +275,7 @@ def test_nobody_is_there(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(
         CheckpointError, match=r"config.json is not in .* cache, and no Hub answers at http://127.0.0.1:1 in 4"
     ):
-        fake.fetch()
+        bring(fake)
     assert fake.pauses == [1, 2, 4]
 
 
@@ -460,18 +284,18 @@ def test_only_pickles_are_refused(fake: FakeHub) -> None:
     with pytest.raises(
         UntrustedFileError, match=r"no model.safetensors, and 'pytorch_model.bin' is a pickle"
     ) as caught:
-        fake.fetch()
+        bring(fake)
     assert caught.value.exit_code == 8 and not fake.got()
     fake.commit({CONFIG: b"{}", "model.gguf": b""})
     with pytest.raises(CheckpointError, match=r"no weights .*neither model.safetensors nor"):
-        fake.fetch()
+        bring(fake)
 
 
 def test_a_cache_that_cannot_be_is_one_line(fake: FakeHub, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text("no folder")
     with pytest.raises(ConfigError, match=r"no place for downloads \(.*Fix: set HF_HOME"):
-        fake.fetch()
+        bring(fake)
 
 
 # --- One commit -------------------------------------------------------------------------------------------------------
@@ -482,9 +306,9 @@ NEWER = {CONFIG: b'{"model_type": "gpt2", "n_layer": 1}', WEIGHTS: Random(1).ran
 def test_a_repository_that_moves_between_two_files(fake: FakeHub) -> None:
     first = fake.refs["main"]
     fake.after = lambda name: void(fake.refs["main"] == first and fake.commit(NEWER))
-    assert contents(fake.fetch()) == MODEL and fake.refs["main"] != first
-    assert contents(fake.fetch()) == NEWER
-    assert contents(fake.fetch(name=f"{NAME}@{first}")) == MODEL
+    assert contents(bring(fake)) == MODEL and fake.refs["main"] != first
+    assert contents(bring(fake)) == NEWER
+    assert contents(bring(fake, name=f"{NAME}@{first}")) == MODEL
 
 
 def void(_: Any) -> None:
@@ -495,26 +319,26 @@ def test_a_revision_is_pinned(fake: FakeHub) -> None:
     first = fake.refs["main"]
     for revision in ("v1.0", "refs/pr/1"):
         fake.commit(NEWER, branch=revision)
-        assert contents(fake.fetch(name=f"{NAME}@{revision}")) == NEWER
-    assert contents(fake.fetch()) == MODEL
+        assert contents(bring(fake, name=f"{NAME}@{revision}")) == NEWER
+    assert contents(bring(fake)) == MODEL
     newer = fake.commit(NEWER)
-    assert contents(fake.fetch(name=f"{NAME}@{first}")) == MODEL != contents(fake.fetch(name=f"{NAME}@{newer}"))
+    assert contents(bring(fake, name=f"{NAME}@{first}")) == MODEL != contents(bring(fake, name=f"{NAME}@{newer}"))
     fake.always["api"] = {"listing": {"sha": newer}}
     with pytest.raises(DataError, match=f"it calls {first} '{newer}'"):
-        fake.fetch("README.md", name=f"{NAME}@{first}")
+        bring(fake, "README.md", name=f"{NAME}@{first}")
 
 
 def test_an_update_that_fails_leaves_what_was(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fake.fetch()
+    before = bring(fake)
     fake.commit(NEWER)
     fake.always[WEIGHTS] = {"cut": 0}
     with pytest.raises(CheckpointError, match=r"model.safetensors"):
-        fake.fetch()
+        bring(fake)
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert fake.fetch() == before and contents(before) == MODEL
+        assert bring(fake) == before and contents(before) == MODEL
     fake.always.clear()
-    assert contents(fake.fetch()) == NEWER
+    assert contents(bring(fake)) == NEWER
 
 
 # --- Without a network ------------------------------------------------------------------------------------------------
@@ -524,16 +348,16 @@ def test_an_update_that_fails_leaves_what_was(fake: FakeHub, monkeypatch: pytest
     "fault", [{"drop": 1}, busy(500), busy(429, "9"), busy(401), busy(404), {"content": lambda _: HTML}]
 )
 def test_what_the_cache_has_needs_no_hub(fault: Fault, fake: FakeHub) -> None:
-    folder = fake.fetch()
+    folder = bring(fake)
     fake.always["api"] = fault
-    assert fake.fetch() == fake.fetch(*TOKENIZER) == folder and not fake.pauses
+    assert bring(fake) == bring(fake, *TOKENIZER) == folder and not fake.pauses
     with pytest.raises(DataError, match=r"README.md is not in the local cache, and "):
-        fake.fetch("README.md")
+        bring(fake, "README.md")
     with pytest.raises(CheckpointError, match=r"config.json is not in the local cache, and "):
-        fake.fetch(name=f"{NAME}@v2")
+        bring(fake, name=f"{NAME}@v2")
     (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors is not in the local cache, and "):
-        fake.fetch()
+        bring(fake)
 
 
 def test_offline_by_the_environment(fake: FakeHub, cache: Path) -> None:
@@ -562,18 +386,18 @@ def sharded(*names: Any, **more: bytes) -> dict[str, bytes]:
 def test_shards_come_by_their_index(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.commit(sharded(*SHARDS, *SHARDS) | {"other.safetensors": b"no"})
     fake.faults[min(SHARDS)] = [{"cut": 10}]
-    folder = fake.fetch()
+    folder = bring(fake)
     assert contents(folder) == sharded(*SHARDS, *SHARDS) and fake.pauses == [1]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fake.fetch() == folder
+    assert bring(fake) == folder
     (folder / max(SHARDS)).unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors is not in the local cache"):
-        fake.fetch()
+        bring(fake)
 
 
 def test_one_file_is_taken_before_shards(fake: FakeHub) -> None:
     fake.commit(sharded(*SHARDS) | {WEIGHTS: b"whole"})
-    assert contents(fake.fetch()) == {CONFIG: b"{}", WEIGHTS: b"whole"}
+    assert contents(bring(fake)) == {CONFIG: b"{}", WEIGHTS: b"whole"}
 
 
 @pytest.mark.parametrize(
@@ -584,7 +408,7 @@ def test_one_file_is_taken_before_shards(fake: FakeHub) -> None:
 def test_a_shard_with_a_hostile_name_is_not_asked_for(name: Any, fake: FakeHub) -> None:
     fake.commit(sharded(*SHARDS, name))
     with pytest.raises(CheckpointError, match=r"unusable index \(me/model: model.safetensors.index.json\)"):
-        fake.fetch()
+        bring(fake)
     assert not set(fake.got()) - {CONFIG, INDEX}
 
 
@@ -603,7 +427,7 @@ INDICES = {
 def test_an_index_that_is_none(index: bytes, sentence: str, fake: FakeHub) -> None:
     fake.commit({CONFIG: b"{}", INDEX: index})
     with pytest.raises(CheckpointError, match=sentence):
-        fake.fetch()
+        bring(fake)
     assert INDEX not in fake.got() or "large" not in sentence
 
 
@@ -620,7 +444,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(fake: FakeHub, cache: Path) -> 
     assert not half_files(cache) and not list(cache.rglob(WEIGHTS))
     [aside] = cache.rglob("*.incomplete")
     assert 0 < aside.stat().st_size <= 100_000
-    assert contents(fake.fetch()) == MODEL and fake.asked[-1][2]["range"] != "bytes=0-"
+    assert contents(bring(fake)) == MODEL and fake.asked[-1][2]["range"] != "bytes=0-"
 
 
 def test_a_kill_in_the_middle_leaves_no_half_file(fake: FakeHub, cache: Path) -> None:
@@ -634,25 +458,25 @@ def test_a_kill_in_the_middle_leaves_no_half_file(fake: FakeHub, cache: Path) ->
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not half_files(cache) and not list(cache.rglob(WEIGHTS))
-    assert contents(fake.fetch()) == MODEL and not fake.pauses
+    assert contents(bring(fake)) == MODEL and not fake.pauses
 
 
 def test_four_at_once_download_each_file_once(fake: FakeHub) -> None:
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: fake.fetch(), range(4)))
+        folders = set(pool.map(lambda _: bring(fake), range(4)))
     assert len(folders) == 1 and contents(folders.pop()) == MODEL
     assert sorted(fake.got()) == sorted(set(MODEL) - {"merges.txt"})
 
 
 def test_a_file_of_another_length_is_downloaded_again(fake: FakeHub) -> None:
-    folder = fake.fetch()
+    folder = bring(fake)
     for name in (WEIGHTS, CONFIG):
         os.truncate((folder / name).resolve(), 5)
     assert half_files(folder.parents[1])  # this is what is looked for at the end of each test
     (folder / VOCAB).resolve().unlink()
     (folder / "tokenizer.json").unlink()
     fake.asked.clear()
-    assert contents(fake.fetch()) == MODEL and fake.got() == [CONFIG, VOCAB, WEIGHTS]
+    assert contents(bring(fake)) == MODEL and fake.got() == [CONFIG, VOCAB, WEIGHTS]
 
 
 def test_without_links_there_are_copies(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,16 +485,16 @@ def test_without_links_there_are_copies(fake: FakeHub, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "symlink_to", refuse)
-        folder = fake.fetch()
+        folder = bring(fake)
     assert contents(folder) == MODEL and not any(path.is_symlink() for path in folder.iterdir())
     fake.asked.clear()
-    assert fake.fetch() == folder and not fake.got()
+    assert bring(fake) == folder and not fake.got()
     for path in folder.iterdir():  # for the look at the end
         path.unlink()
 
 
 def test_the_library_finds_what_we_brought(fake: FakeHub, cache: Path) -> None:
-    folder = fake.fetch()
+    folder = bring(fake)
     for name in MODEL:
         assert hf_hub_download(NAME, name, cache_dir=cache, local_files_only=True) == str(folder / name)
 
@@ -681,7 +505,7 @@ def test_we_find_what_the_library_brought(fake: FakeHub, cache: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     fake.asked.clear()
-    folder = fake.fetch()
+    folder = bring(fake)
     assert (
         done.stdout.split() == [str(folder / name) for name in MODEL] and not fake.got() and contents(folder) == MODEL
     )

@@ -241,7 +241,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     prepare.add_argument(
         "source",
         metavar="SOURCE",
-        help="a file, a folder, a pattern of files, - for stdin, python-docs or tinyshakespeare",
+        nargs="+",
+        help="a file, a folder, a pattern of files, an address, hf:OWNER/NAME, - for stdin, python-docs or tinyshakespeare",
     )
     prepare.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     prepare.add_argument("--validation", metavar="SOURCE", help="text to validate on (default: a tenth of the source)")

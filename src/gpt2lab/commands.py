@@ -236,7 +236,7 @@ def data_prepare(arguments: argparse.Namespace) -> None:
     from gpt2lab.data.prepare import parse_part, prepare_part
 
     config = DataConfig(
-        source=arguments.source,
+        source=tuple(arguments.source),
         validation=arguments.validation,
         fields=tuple(arguments.fields),
         on_fault=arguments.on_fault,
@@ -289,7 +289,7 @@ def tokenizer_train(arguments: argparse.Namespace) -> None:
 
     out = Path(arguments.out)
     check_folder(out)
-    documents = [document for source in arguments.source for document in read_documents(source)]
+    documents = read_documents(arguments.source)
     tokenizer = Tokenizer.train_bpe((document.text for document in documents), arguments.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(arguments.out)

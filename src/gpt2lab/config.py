@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from gpt2lab.errors import ConfigError
@@ -33,6 +33,17 @@ Strategy = Literal["auto", "single", "ddp", "fsdp"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _check_sources(value: Any) -> Any:
+    """Say of both types at once what is wrong, and not the value: it may have passwords in it."""
+    several = value if isinstance(value, list | tuple) and value else [value]
+    if not all(isinstance(one, str) for one in several):
+        raise ValueError("source should be a text, or a list of texts")
+    return value
+
+
+Sources = Annotated[str | tuple[str, ...], BeforeValidator(_check_sources)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -142,9 +153,10 @@ class GPT2Config:
 class DataConfig:
     """What text."""
 
-    source: str = "python-docs"
+    source: Sources = "python-docs"
     """python-docs (the prose and source of this Python installation), tinyshakespeare, a file, a folder, a pattern such as
-    "books/*.jsonl.zst", - for standard input, or prepared shards."""
+    "books/*.jsonl.zst", an http(s) address, a data set on the Hub such as hf:roneneldan/TinyStories, - for standard input,
+    or prepared shards; or a list of them, for all their texts, one after the other."""
     fields: tuple[str, ...] = ()
     """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
     on_fault: Literal["skip", "stop"] = "skip"
@@ -158,6 +170,11 @@ class DataConfig:
     steps; what is held out are its first documents, about validation_tokens (None: 131072), unless validation is given."""
     window_tokens: Count = 2**24
     """With stream: tokens in a block, no fewer than in a step. The samples of a block are shuffled, so are the files."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source, or all of them, as a list."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -1,14 +1,25 @@
-"""One file from the Hub, gone on with where it broke off; and what a failed request means: whether to ask again, and when."""
+"""One file from the Hub, gone on with where it broke off; and what a failed request to any server means: whether to ask
+again, and when."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-_CHUNK = 2**16
+from gpt2lab.errors import LabError, as_lab_error
+
+CHUNK = 2**16
+TRIES, FIRST_PAUSE, LONGEST_PAUSE = 4, 1, 60
+"""How often one thing is asked for, and the seconds between; each pause is twice the last, or what the server asks for."""
+OFFLINE = "HF_HUB_OFFLINE is set", "run once without HF_HUB_OFFLINE=1, or give a local folder in its place"
+"""Cause and fix where nobody may be asked."""
+
+T = TypeVar("T")
 
 
 def receive(url: str, path: Path, size: int) -> None:
@@ -23,13 +34,13 @@ def receive(url: str, path: Path, size: int) -> None:
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
-        with _get(url, headers) as (status, chunks):
-            if status != 206:  # from the start: it sends no parts
+        with get(url, headers) as answer:
+            if answer.status != 206:  # from the start: it sends no parts
                 file.truncate(0)
                 have = 0
             bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=url.rpartition("/")[2], disable=None)
             with bar:
-                for chunk in chunks:
+                for chunk in answer.chunks:
                     file.write(chunk)
                     bar.update(len(chunk))
                     have += len(chunk)
@@ -39,9 +50,30 @@ def receive(url: str, path: Path, size: int) -> None:
         raise ConnectionError(f"it ended after {have} of {size} bytes")
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a server sends: its content is as it lies there, whatever it is packed in."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: Iterator[bytes]
+
+
+class Refused(Exception):
+    """An answer of a server that is not the file."""
+
+    def __init__(self, response: Any) -> None:
+        super().__init__(f"status {response.status_code}")
+        self.response = response
+
+
 @contextmanager
-def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Status and content of an answer, through the library's HTTP client: requests before its release 1.0, then httpx."""
+def get(url: str, headers: dict[str, str]) -> Iterator[Answer]:
+    """An answer, through the Hub library's HTTP client: requests before its release 1.0, then httpx.
+
+    Raises:
+        Refused: it is neither the file nor a part of it.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -54,28 +86,49 @@ def _get(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Iterator[byte
         answer = session.stream("GET", url, headers=headers, follow_redirects=True, timeout=seconds)
     with answer as response:
         if response.status_code not in (200, 206):
-            raise _Refused(response)
-        yield response.status_code, response.iter_content(_CHUNK) if old else response.iter_bytes(_CHUNK)
+            raise Refused(response)
+        chunks = response.raw.stream(CHUNK, decode_content=False) if old else response.iter_raw()
+        yield Answer(response.status_code, response.headers, chunks)
 
 
-class _Refused(Exception):
-    """An answer of the Hub that is not the file."""
+def patiently(
+    ask: Callable[[], T],
+    tries: int,
+    sleep: Callable[[float], None],
+    refusal: Callable[[str, str], LabError],
+    explain: Callable[[Exception, int], tuple[str, str]] | None = None,
+) -> T:
+    """`ask()`, again after a pause where that may help.
 
-    def __init__(self, response: Any) -> None:
-        super().__init__(f"status {response.status_code}")
-        self.response = response
+    Args:
+        refusal: the error for a cause and a fix.
+        explain: cause and fix of what was raised, and after how many tries; None: `words`.
+
+    Raises:
+        LabError: the refusal; or what is about this machine, as it is.
+    """
+    for tried in range(tries):
+        try:
+            return ask()
+        except Exception as error:  # the HTTP client's types change between the library's releases
+            if as_lab_error(error) or getattr(error, "filename", None):
+                raise  # it is about this machine
+            if tried == tries - 1 or not may_pass(error):
+                raise refusal(*(explain or words)(error, tried + 1)) from None
+            sleep(min(LONGEST_PAUSE, max(FIRST_PAUSE * 2**tried, retry_after(error))))
+    raise AssertionError("no tries")
 
 
 def may_pass(error: Exception) -> bool:
     """Whether it may be otherwise at the next try: a busy server or a broken line, not a refusal or an answer in no sense."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     return not isinstance(error, ValueError | TypeError | LookupError | AttributeError)
 
 
 def retry_after(error: Exception) -> int:
-    """The seconds that the Hub asks to wait; 0 if it does not say, or says a date."""
+    """The seconds that a server asks to wait; 0 if it does not say, or says a date."""
     response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
     return int(asked[:9]) if asked.isdecimal() else 0
@@ -85,7 +138,7 @@ def words(error: Exception, tries: int) -> tuple[str, str]:
     """Cause and fix of a failed request."""
     from huggingface_hub import constants
 
-    status = _status(error)
+    status = status_of(error)
     if status in (401, 403):
         cause = f"the Hub refuses it ({status}): it is private or gated, or there is none of that name"
         return cause, "check the name; if it is right, ask for access on its page, then log in with `hf auth login`"
@@ -97,9 +150,16 @@ def words(error: Exception, tries: int) -> tuple[str, str]:
         return f"the Hub wants fewer requests (429{times})", "wait some minutes, or log in with `hf auth login`"
     if status is not None:
         return f"the Hub answers {status}{times}", "try again later, or give a local folder in its place"
-    cause = f"no Hub answers at {constants.ENDPOINT}{times} ({type(error).__name__}: {str(error)[:200]})"
+    cause = f"no Hub answers at {constants.ENDPOINT}{times} ({brief(error)})"
     return cause, "go online and give the same command again, or give a local folder in its place"
 
 
-def _status(error: Exception) -> int | None:
+def status_of(error: Exception) -> int | None:
+    """The status of the answer that an error is about, if there was one."""
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def brief(error: Exception) -> str:
+    """An error's kind and words, without the users, passwords and queries of addresses in it: they may be secrets."""
+    text = re.sub(r"[?][^\s'\")]*", "?...", re.sub(r"//[^/\s]*@", "//", str(error)))
+    return f"{type(error).__name__}: {text[:200]}"

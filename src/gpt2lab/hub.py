@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from gpt2lab.download import may_pass, receive, retry_after, words
+from gpt2lab.download import OFFLINE, TRIES, patiently, receive
 from gpt2lab.errors import CheckpointError, ConfigError, DataError, ResourceError, UntrustedFileError, as_lab_error
 from gpt2lab.paths import sync, write_whole
 
@@ -31,8 +31,6 @@ OPTIONAL = ("generation_config.json", "tokenizer.json", "vocab.json", "merges.tx
 """Files of a model that not every repository has."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LARGEST_INDEX = 4 * 2**20
-TRIES, FIRST_PAUSE, LONGEST_PAUSE = 4, 1, 60
-"""How often one thing is asked for, and the seconds between; each pause is twice the last, or what the Hub asks for."""
 
 _NAME = re.compile(r"(?!.*\.\.)(gpt2(?:-medium|-large|-xl)?|[\w.-]+/[\w.-]+)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -70,8 +68,7 @@ def fetch(name: str, *files: str, sleep: Callable[[float], None] = time.sleep) -
     missing = _missing(snapshot.folder, files)
     try:
         if constants.HF_HUB_OFFLINE:
-            fix = "run once without HF_HUB_OFFLINE=1, or give a local folder in its place"
-            raise refusal("cannot be had from the Hub", where=name, cause="HF_HUB_OFFLINE is set", fix=fix)
+            raise refusal("cannot be had from the Hub", where=name, cause=OFFLINE[0], fix=OFFLINE[1])
         snapshot.look_up(tries=TRIES if missing else 1)
     except refusal as error:
         if not missing:
@@ -228,18 +225,12 @@ class _Snapshot:
 
     def _patiently(self, ask: Callable[[], T], tries: int, name: str) -> T:
         """`ask()`, again after a pause where that may help."""
-        for tried in range(tries):
-            try:
-                return ask()
-            except Exception as error:  # the HTTP client's types change between the library's releases
-                if as_lab_error(error) or getattr(error, "filename", None):
-                    raise  # it is about this machine
-                if tried == tries - 1 or not may_pass(error):
-                    where = f"{self.repository}{': ' * bool(name)}{name}"
-                    cause, fix = words(error, tried + 1)
-                    raise self.refusal("cannot be had from the Hub", where=where, cause=cause, fix=fix) from None
-                self.sleep(min(LONGEST_PAUSE, max(FIRST_PAUSE * 2**tried, retry_after(error))))
-        raise AssertionError("no tries")
+
+        def refused(cause: str, fix: str) -> DataError | CheckpointError:
+            where = f"{self.repository}{': ' * bool(name)}{name}"
+            return self.refusal("cannot be had from the Hub", where=where, cause=cause, fix=fix)
+
+        return patiently(ask, tries, self.sleep, refused)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:

@@ -18,6 +18,7 @@ from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
+from gpt2lab.data.sources import described
 from gpt2lab.data.stream.blocks import Block
 from gpt2lab.data.stream.text import StreamedText, open_stream
 from gpt2lab.distributed import Ranks
@@ -189,7 +190,7 @@ def listen(ranks: Ranks) -> Opening:
         open_text = open_stream if resolved.data.stream else prepare
         data = ranks.one_here_first(lambda: open_text(resolved.data, tokenizer), "text")
     if data.fingerprint != told["fingerprint"]:
-        cause = f"rank {ranks.rank} finds another text than the main process at {resolved.data.source}"
+        cause = f"rank {ranks.rank} finds another text than the main process at {described(resolved.data.source)}"
         raise DataError("texts differ", where="data.source", cause=cause, fix="copy the text to every machine")
     before = Block.from_dict(told["before"]) if told["before"] else None
     return Opening(resolved, data, told["state"], before)
@@ -282,7 +283,7 @@ def introduce(run: Run, derived: list[Derived]) -> None:
         learn = f"streamed from {len(run.data.files):,} files, in blocks of {config.data.window_tokens:,} tokens"
     else:
         learn = f"{len(run.data.train):,} tokens to learn from"
-    say(f"text     {config.data.source}: {learn}, {len(run.data.validation):,} held out")
+    say(f"text     {described(config.data.source)}: {learn}, {len(run.data.validation):,} held out")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
     work = flops_per_token(config.model, config.seq_len) / 1e6

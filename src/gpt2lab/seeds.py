@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, purpose: str, *numbers: int) -> int:
@@ -19,4 +22,6 @@ def derive(seed: int, purpose: str, *numbers: int) -> int:
 
 def generator_for(seed: int, purpose: str) -> torch.Generator:
     """A fresh generator on the CPU for one purpose."""
+    import torch  # what reads text needs none of it, and its import takes a second
+
     return torch.Generator().manual_seed(derive(seed, purpose))

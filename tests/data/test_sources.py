@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from gpt2lab import cli
-from gpt2lab.data import sources
-from gpt2lab.data.sources import Document, read_documents
-from gpt2lab.errors import DataError
+from gpt2lab.config import DataConfig, to_yaml
+from gpt2lab.data import named
+from gpt2lab.data.prepare import prepare
+from gpt2lab.data.sources import Document, described, read_documents, source_files
+from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.recipe import build_config, flat, load_config, parse_recipe
 
 BAD = Path(__file__).parents[1] / "bad"
 
@@ -27,7 +30,7 @@ def write(folder: Path, files: dict[str, str]) -> str:
     return str(folder)
 
 
-def complaint(source: str) -> str:
+def complaint(source: str | list[str]) -> str:
     """What the DataError says that this source must end with."""
     with pytest.raises(DataError) as caught:
         read_documents(source)
@@ -111,6 +114,91 @@ def test_names_that_no_file_can_have_are_refused(name: str) -> None:
     assert "cannot read the text" in complaint(name)
 
 
+# --- Several sources --------------------------------------------------------------------------------------------------
+
+
+def test_several_sources_are_their_texts_one_after_the_other(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": "1", "b/x.txt": "2", "b/y.txt": "3", "c/x.txt": "4", "d.txt": "5"})
+    sources = [f"{tmp_path}/{name}" for name in ("c", "a.txt", "b", "[d].txt")]
+    documents = read_documents(sources)
+    assert [d.text for d in documents] == ["4", "1", "2", "3", "5"]
+    assert [d.text for d in read_documents(sources[::-1])] == ["5", "2", "3", "1", "4"], "their order is the list's"
+    names = [d.name for d in documents]
+    assert names == [f"{tmp_path}/{name}" for name in ("c/x.txt", "a.txt", "b/x.txt", "b/y.txt", "d.txt")]
+    assert [d.name for d in read_documents(sources[:1])] == ["x.txt"], "of one, names are as short as before"
+
+
+def test_a_fault_in_one_of_several_sources_says_in_which(tmp_path: Path) -> None:
+    write(tmp_path, {"a/x.txt": "1", "b/x.txt": "2", "empty/y.txt": ""})
+    sources = [f"{tmp_path}/{name}" for name in ("a", "b")]
+    assert f"no text ({tmp_path}/*.csv)" in complaint([*sources, f"{tmp_path}/*.csv"])
+    assert f"cannot read the text ({tmp_path}/c)" in complaint([*sources, f"{tmp_path}/c"])
+    (tmp_path / "b" / "x.txt").write_bytes(b"fine\nb\xe9d\nfine\n" * 9)
+    assert f"not text ({sources[0]}, {sources[1]}): {tmp_path}/b/x.txt, line 2: not UTF-8" in complaint(sources)
+
+
+def test_the_parts_of_a_folder_are_the_same_shards_as_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(write(tmp_path / "all", {f"{n % 3}/{n:02}.txt": f"the cat sat on mat {n}\n" * 9 for n in range(30)}))
+    keys = []
+    for out, sources in (
+        ("whole", [folder]),
+        ("parts", sorted(folder.iterdir())),
+        ("other", [folder / "2", folder / "0"]),
+    ):
+        assert cli.run(["data", "prepare", *map(str, sources), "--out", out, "--json"]) == 0
+        keys.append(json.loads(Path(out, "prepared.json").read_text())["key"])
+    assert keys[0] == keys[1] != keys[2]
+    for name in ("train-00000.bin", "validation-00000.bin"):
+        assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes() != Path("other", name).read_bytes()
+    assert cli.run(["data", "prepare", str(folder), "parts", "--out", "more"]) == 3
+    assert "already prepared (parts): it is a folder of shards. Fix: train from it as it is" in capsys.readouterr().err
+
+
+def test_a_recipe_may_list_sources(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": "the cat sat on the mat\n" * 40, "b/c.txt": "the dog sat on the cat\n" * 40})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data:\n  source: [{tmp_path}/a.txt, {tmp_path}/b]\n")
+    config = load_config([str(recipe)])
+    assert config.data.source == config.data.sources == (f"{tmp_path}/a.txt", f"{tmp_path}/b")
+    assert load_config([], [f"--data.source=[{tmp_path}/a.txt, {tmp_path}/b]"]) == config
+    again = build_config(parse_recipe(to_yaml(config), "again"))
+    assert again == config and flat(again) == flat(config)
+    assert prepare(config.data, "bytes").account["bytes_in"] == 2 * 40 * 23
+    shards = str(prepare(DataConfig(source=f"{tmp_path}/a.txt"), "bytes").folder)
+    assert prepare(DataConfig(source=(shards,)), "bytes").account["bytes_in"] == 40 * 23
+    with pytest.raises(DataError, match="already prepared"):
+        prepare(DataConfig(source=(shards, f"{tmp_path}/b")), "bytes")
+
+
+@pytest.mark.parametrize("source", ["3", "[]", "[a, 3]", "[[a]]", "{a: 1}", "[http://me:hunter2@host/x, 3]"])
+def test_a_source_that_is_none_is_refused_once(source: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], [f"--data.source={source}"])
+    assert "--data.source: source should be a text, or a list of texts. Fix" in str(caught.value)
+
+
+def test_many_sources_are_described_in_a_line() -> None:
+    assert described("a") == "a" and described(["a", "b", "c"]) == "a, b, c"
+    assert described(["http://me:pw@host:1/x?y#z", "b", "c", "d", "e"]) == "http://host:1/x, b, c and 2 more"
+
+
+def test_files_have_identities_that_change_with_them(tmp_path: Path, data_folder: Path) -> None:
+    write(tmp_path, {"a.txt": "a" * 100_000, "b.txt": "a" * 100_000, "c.txt": ""})
+    same, twin, empty = (file.identity for file in source_files(str(tmp_path)))
+    assert same == twin != empty and same and empty
+    for content in ("b" + "a" * 99_999, "a" * 99_999 + "b", "a" * 100_001, "a" * 99_999):
+        (tmp_path / "a.txt").write_text(content)
+        assert source_files(str(tmp_path))[0].identity != same
+    (docs,) = source_files("python-docs")
+    assert docs.identity and next(docs.read()) == next(docs.read())
+    (gone,) = source_files(str(tmp_path / "c.txt"))
+    (tmp_path / "c.txt").unlink()
+    with pytest.raises(DataError, match="No such file"):
+        _ = gone.identity
+
+
 # --- python-docs ------------------------------------------------------------------------------------------------------
 
 HASHES = """
@@ -178,4 +266,4 @@ def test_it_is_downloaded_once(data_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert "gave other bytes than it should" in complaint("tinyshakespeare")
     read = [read_documents("tinyshakespeare")[0].text.encode() for _ in range(2)]
-    assert read == [content, content] and asked == [sources.SHAKESPEARE_URL] * 2
+    assert read == [content, content] and asked == [named.SHAKESPEARE_URL] * 2

@@ -151,7 +151,7 @@ def test_each_file_has_an_account_of_all_its_bytes(source: Path, tmp_path: Path)
             assert account.skipped_by_reason == whole.skipped_bytes
     found = sorted(row["where"] for account in accounts for row in account.skipped if row["fault"])
     assert found == ["line 2", "line 31"]
-    with pytest.raises(DataError, match=r"a\.txt, line 31"):
+    with pytest.raises(DataError, match=r"unusable text \((a\.txt, line 31|b\.jsonl, line 2)\)"):
         list(islice(endless(bad, on_fault="stop").tokens(Place(), BYTES), 20))
 
 
@@ -304,7 +304,10 @@ def test_a_producer_that_dies_again_and_again_is_given_up(bringers: Any, monkeyp
 def test_the_producer_ends_with_its_parent(text: StreamedText, tmp_path: Path) -> None:
     bringer = Bringer(tmp_path / "blocks", text.job(SEED, LENGTH), Journal(None))
     await_block(bringer, 0)
-    left = [bringer._process.pid, *(child.pid for child in psutil.Process(bringer._process.pid).children(recursive=True))]
+    left = [
+        bringer._process.pid,
+        *(child.pid for child in psutil.Process(bringer._process.pid).children(recursive=True)),
+    ]
     bringer.close()  # its standard input ends, as it does when a parent is killed
     assert none_left(left, 10)
 
@@ -336,7 +339,7 @@ def test_blocks_that_are_not_what_was_learned_from_are_refused(bringers: Any, tm
     with pytest.raises(
         DataError, match=r"the source changed \(data.source\): block 3, from .*, is not what was learned"
     ):
-        wait_until(lambda: again.has(3) and again.has(5), 30)
+        wait_until(lambda: again.has(3), 30)
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,8 +17,6 @@ from gpt2lab.tokenizer import Tokenizer
 LLMC_MAGIC = 20240520
 LLMC_LLAMA_MAGIC = 20240801
 _LLMC_HEAD = 1024  # 256 numbers of 4 bytes
-_PROBES = 16
-_PROBE_BYTES = 4096
 _SCAN = 2**20  # ids
 
 
@@ -58,7 +55,7 @@ class ForeignFile(ShardFile):
             tokens, start = _llmc_tokens(file, head), _LLMC_HEAD
         else:
             tokens, start = _nanogpt_tokens(file), 0
-        digest = _probe(file).hexdigest()
+        digest = file.probe()
         said = ShardHeader("<u2", tokens, 0, 0, self._vocab_size, self._fingerprint, digest, BLOCK_BYTES)
         return Layout(said, start, None)
 
@@ -164,12 +161,3 @@ def _is_text(start: bytes) -> bool:
     except UnicodeDecodeError:
         return len(start) >= 4096  # in another encoding, or cut inside a character
     return True
-
-
-def _probe(file: OpenFile) -> hashlib._Hash:
-    """A hash of a file's length and of some places in it, the first and the last among them."""
-    digest = hashlib.sha256(str(file.size).encode())
-    last = max(0, file.size - _PROBE_BYTES)
-    for place in sorted({last * number // (_PROBES - 1) for number in range(_PROBES)}):
-        digest.update(file.read(place, min(_PROBE_BYTES, file.size)))
-    return digest

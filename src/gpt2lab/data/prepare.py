@@ -48,10 +48,10 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Pa
     Raises:
         DataError: the text cannot be used. ConfigError: no such tokenizer.
     """
-    if os.path.isfile(os.path.join(config.source, SUMMARY)) and folder is None:
-        prepared = open_prepared(Path(config.source))
+    if len(config.sources) == 1 and _prepared_in(config) and folder is None:
+        prepared = open_prepared(Path(config.sources[0]))
         if config.validation is not None:
-            cause = f"{config.source} is prepared text, which brings its own"
+            cause = f"{config.sources[0]} is prepared text, which brings its own"
             raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
         refuse_other_tokenizer(prepared, tokenizer)
         return prepared
@@ -81,9 +81,9 @@ def prepare_part(
     Raises:
         DataError, ConfigError: as in `prepare`.
     """
-    if os.path.isfile(os.path.join(config.source, SUMMARY)):
-        fix = "train from it as it is, with data.source"
-        raise DataError("already prepared", where=config.source, cause="it is a folder of shards", fix=fix)
+    for source in _prepared_in(config):
+        fix = "train from it as it is, with data.source, and from nothing else"
+        raise DataError("already prepared", where=source, cause="it is a folder of shards", fix=fix)
     tokenizer = tokenizer or "bytes"
     if isinstance(tokenizer, str) and not is_learned(tokenizer):
         tokenizer = open_tokenizer(tokenizer)
@@ -106,6 +106,11 @@ def prepare_part(
                     if not _is_prepared(folder, key):
                         raise
     return open_prepared(folder)
+
+
+def _prepared_in(config: DataConfig) -> list[str]:
+    """Those of its sources that are prepared folders."""
+    return [source for source in config.sources if os.path.isfile(os.path.join(source, SUMMARY))]
 
 
 def parse_part(text: str) -> tuple[int, int]:

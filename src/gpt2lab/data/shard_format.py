@@ -31,6 +31,7 @@ HASH_BYTES = 32
 PROMPT_BYTES = 16
 BLOCK_BYTES = 2**18
 """Small enough that the first sample from a block costs little, large enough that hashes are 1/8000 of the ids."""
+_PROBES, _PROBE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file of ids, open for reading by position, and what to say when it cannot be used.
+    """A file, open for reading by position, and what to say when it cannot be used.
 
     It is not mapped: a mapped file that is cut ends the process without a word, and what was read of it counts as memory.
     """
@@ -122,6 +123,13 @@ class OpenFile:
             parts.append(part)
             missing -= len(part)
         return b"".join(parts)
+
+    def probe(self) -> str:
+        """A hash of its length and of some places in it, the first and the last among them."""
+        digest, last = hashlib.sha256(str(self.size).encode()), max(0, self.size - _PROBE_BYTES)
+        for place in sorted({last * number // (_PROBES - 1) for number in range(_PROBES)}):
+            digest.update(self.read(place, min(_PROBE_BYTES, self.size)))
+        return digest.hexdigest()
 
     def damaged(self, cause: str, byte: int) -> DataError:
         """What to raise."""

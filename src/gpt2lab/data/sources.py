@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-import ast
-import atexit
 import glob
-import hashlib
 import os
-import shutil
+import re
 import sys
-import sysconfig
-import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import BinaryIO
 
 from gpt2lab.data.formats import Found, read_file
+from gpt2lab.data.hub_datasets import PREFIX, hub_files
+from gpt2lab.data.kept import Kept
+from gpt2lab.data.named import python_docs, tiny_shakespeare
 from gpt2lab.data.records import Piece, Skipped
+from gpt2lab.data.remote import RemoteFile, check_address, shown
+from gpt2lab.data.shard_format import OpenFile
 from gpt2lab.errors import DataError
-from gpt2lab.paths import cache_folder, local_copy
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 STDIN = "-"
-
-_NOT_PROSE = frozenset(  # tables, tests, applications, and what some systems ship as separate packages
-    "site-packages dist-packages __pycache__ test tests idlelib turtledemo lib2to3 distutils tkinter encodings ensurepip "
-    "pydoc_data msilib __phello__".split()
-)
+_ADDRESS = re.compile("https?://", re.IGNORECASE)
 
 Reading = Callable[[], Iterator[Found | Piece | Skipped]]
 """Reads a source from its start; each time the same."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a source."""
-
-    name: str
-    identity: str
-    read: Callable[[], Iterator[Found | Piece | Skipped]]
-
-
-def source_files(source: str, fields: Sequence[str] = ()) -> list[SourceFile]:
-    if os.path.isdir(source):
-        folder = Path(source)
-        files = [(path.relative_to(folder).as_posix(), path) for path in _below(folder)]
-    elif glob.has_magic(source):
-        files = [(path, Path(path)) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
-    else:
-        files = [(Path(source).name, Path(source))]
-    return [SourceFile(name, str(path.stat().st_size), partial(read_file, path, name, fields)) for name, path in files]
 
 
 @dataclass(frozen=True)
@@ -63,34 +36,57 @@ class Document:
     text: str
 
 
-def open_source(source: str, fields: Sequence[str] = ()) -> Reading:
-    """What reads a source: python-docs, tinyshakespeare, a file, a folder, a pattern of files, or - for standard input.
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        name: for people; its suffix may decide what it is.
+        read: gives its documents from its start, each time the same.
+        identify: gives its identity.
+    """
+
+    name: str
+    read: Reading
+    identify: Callable[[], str] = str
+
+    @cached_property
+    def identity(self) -> str:
+        """What changes when its content does: size and a hash of a few places of a local file, a server's ETag or date and
+        length, on the Hub the commit and the path. Empty: unknown.
+
+        Raises:
+            DataError: the file is not there, or its server does not answer.
+        """
+        return self.identify()
+
+
+def source_files(source: str | Sequence[str], fields: Sequence[str] = ()) -> list[SourceFile]:
+    """The files of a source, or of several one after the other, in the order of their text.
 
     Args:
+        source: python-docs, tinyshakespeare, a file, a folder, a pattern of files, an http(s) address, a data set on the Hub
+            such as hf:OWNER/NAME, or - for standard input, which is read to its end at once.
         fields: which columns or keys hold the text; empty: guessed.
 
     Raises:
         DataError: there is no such source.
     """
-    if source == "python-docs":
-        return _python_docs
-    if source == "tinyshakespeare":
-        text = _tiny_shakespeare()
-        return lambda: iter([Piece(source, text, last=True)])
-    if source == STDIN:
-        files = [(STDIN, _keep_stdin())]
-    elif os.path.isdir(source):  # unlike Path.is_dir, never an error
-        folder = Path(source)
-        files = [(path.relative_to(folder).as_posix(), path) for path in _below(folder)]
-    elif glob.has_magic(source) and not os.path.lexists(source):
-        files = [(path, Path(path)) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
-    else:
-        files = [(Path(source).name, Path(source))]
-        _refuse_unreadable(files[0][1])
-    return partial(_read_files, files, fields)
+    return _files(source, fields, RemoteFile.open)
 
 
-def read_documents(source: str, fields: Sequence[str] = ()) -> list[Document]:
+def open_source(source: str | Sequence[str], fields: Sequence[str] = ()) -> Reading:
+    """What reads a source, or several, from the start; see `source_files`. It is for those who read twice: what is small
+    and far away is copied at the first time.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    files = _files(source, fields, Kept().open)
+    return lambda: (item for file in files for item in file.read())
+
+
+def read_documents(source: str | Sequence[str], fields: Sequence[str] = ()) -> list[Document]:
     """Every document of a source that fits into memory; files that are no text are passed over.
 
     Raises:
@@ -113,24 +109,116 @@ def read_documents(source: str, fields: Sequence[str] = ()) -> list[Document]:
     return documents
 
 
-def no_text(source: str, skipped: list[Skipped]) -> DataError:
+def described(source: str | Sequence[str]) -> str:
+    """A source, or several, for people: without the users, passwords and queries of addresses."""
+    names = [_shown(one) for one in _listed(source)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def no_text(source: str | Sequence[str], skipped: list[Skipped]) -> DataError:
     """The error for a source in which nothing is text, or too little of what should be."""
     fault = next((item for item in skipped if item.fault), None)
+    where = described(source)
     if fault is None:
-        return DataError("no text", where=source, cause="it has no text in it", fix="give a file or a folder with text")
+        return DataError("no text", where=where, cause="it has no text in it", fix="give a file or a folder with text")
     at = f"{fault.file}, {fault.where}" if fault.where else fault.file
     fix = "convert it to UTF-8, or give a file or a folder with text"
-    return DataError("not text", where=source, cause=f"{at}: {fault.reason}", fix=fix)
+    return DataError("not text", where=where, cause=f"{at}: {fault.reason}", fix=fix)
 
 
-def _read_files(files: list[tuple[str, Path]], fields: Sequence[str]) -> Iterator[Found | Piece | Skipped]:
-    for name, path in files:
-        try:
-            yield from read_file(path, name, fields)
-        except OSError as error:
-            raise DataError(
-                "cannot read the text", where=str(path), cause=error.strerror or str(error), fix="look at the file"
-            ) from None
+def _listed(source: str | Sequence[str]) -> list[str]:
+    return [source] if isinstance(source, str) else list(source)
+
+
+def _shown(source: str) -> str:
+    return shown(source) if _ADDRESS.match(source) else source
+
+
+def _files(
+    source: str | Sequence[str], fields: Sequence[str], fetch: Callable[[RemoteFile], BinaryIO]
+) -> list[SourceFile]:
+    """The files of one source or several; of several, names tell which one a file is from, and each must have files.
+
+    Args:
+        fetch: opens a remote file.
+    """
+    sources = _listed(source)
+    if len(sources) == 1:
+        return _files_of(sources[0], "", fields, fetch)
+    files = []
+    for one in sources:
+        if not (found := _files_of(one, _shown(one), fields, fetch)):
+            raise no_text(one, [])
+        files += found
+    return files
+
+
+def _files_of(
+    source: str, label: str, fields: Sequence[str], fetch: Callable[[RemoteFile], BinaryIO]
+) -> list[SourceFile]:
+    """The files of one source; `label` goes before their names where they would not tell it."""
+
+    def remote(name: str, file: RemoteFile, identify: Callable[[], str]) -> SourceFile:
+        return SourceFile(name, partial(_read_stream, lambda: fetch(file), name, fields), identify)
+
+    if source == "python-docs":
+        return [SourceFile(source, python_docs, lambda: f"Python {sys.version}")]
+    if source == "tinyshakespeare":
+        text = tiny_shakespeare()
+        return [SourceFile(source, lambda: iter([Piece(source, text, last=True)]), lambda: source)]
+    if source == STDIN:
+        kept = Kept()
+        copy = kept.add(sys.stdin.buffer)
+        return [SourceFile(source, partial(_read_stream, lambda: kept.read(*copy), source, fields))]
+    if source.startswith(PREFIX):
+        start = f"{label}: " if label else ""
+        return [
+            remote(f"{start}{found.path}", found.remote, partial(str, found.identity)) for found in hub_files(source)
+        ]
+    if _ADDRESS.match(source):
+        check_address(source)
+        file = RemoteFile(source)
+        return [remote(file.name, file, lambda: file.identity)]
+    return [
+        SourceFile(name, partial(_read_path, path, name, fields), partial(_probe, path))
+        for name, path in _local_files(source, label)
+    ]
+
+
+def _local_files(source: str, label: str) -> list[tuple[str, Path]]:
+    """Name and path of each file of a folder, a pattern, or of one file."""
+    if os.path.isdir(source):  # unlike Path.is_dir, never an error
+        folder = Path(source)
+        return [(os.path.join(label, path.relative_to(folder).as_posix()), path) for path in _below(folder)]
+    if glob.has_magic(source) and not os.path.lexists(source):
+        return [(path, Path(path)) for path in sorted(glob.glob(source, recursive=True)) if os.path.isfile(path)]
+    _refuse_unreadable(Path(source))
+    return [(label or Path(source).name, Path(source))]
+
+
+def _probe(path: Path) -> str:
+    """A local file's identity; nothing for a pipe, which can be read but once."""
+    _refuse_unreadable(path)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return OpenFile(path, file.fileno(), "cannot read the text", "look at the file").probe()
+
+
+def _read_path(path: Path, name: str, fields: Sequence[str]) -> Iterator[Found | Piece | Skipped]:
+    try:
+        yield from read_file(path, name, fields)
+    except OSError as error:
+        raise DataError(
+            "cannot read the text", where=str(path), cause=error.strerror or str(error), fix="look at the file"
+        ) from None
+
+
+def _read_stream(
+    open_stream: Callable[[], BinaryIO], name: str, fields: Sequence[str]
+) -> Iterator[Found | Piece | Skipped]:
+    with open_stream() as stream:
+        yield from read_file(stream, name, fields)
 
 
 def _below(folder: Path) -> list[Path]:
@@ -154,64 +242,3 @@ def _refuse_unreadable(path: Path) -> None:
         fix = "give python-docs, tinyshakespeare, or the path of a text file or folder"
         cause = getattr(error, "strerror", None) or str(error)
         raise DataError("cannot read the text", where=f"{path!s:.200}", cause=cause, fix=fix) from None
-
-
-def _keep_stdin() -> Path:
-    """Standard input, in a file that ends with this process: it is read twice."""
-    handle, path = tempfile.mkstemp(prefix="gpt2lab-stdin-")
-    atexit.register(os.unlink, path)
-    with open(handle, "wb") as kept:
-        shutil.copyfileobj(sys.stdin.buffer, kept)
-    return Path(path)
-
-
-def _python_docs() -> Iterator[Found | Piece | Skipped]:
-    """The language reference that ``help()`` shows, then the library's source with its documentation inside."""
-    library = Path(sysconfig.get_path("stdlib"))
-    topics = library / "pydoc_data" / "topics.py"
-    if topics.is_file():
-        # The file is one assignment of a literal dict, read as such: nothing of it is run.
-        assignment = next(s for s in ast.parse(topics.read_text(encoding="utf-8")).body if isinstance(s, ast.Assign))
-        for topic, text in sorted(ast.literal_eval(assignment.value).items()):
-            yield Piece(f"topics/{topic}", text, last=True)
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        generated = relative.name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize", "this"))
-        if generated or _NOT_PROSE.intersection(relative.parts) or relative.parts[0].startswith("config-"):
-            continue
-        try:
-            yield Piece(relative.as_posix(), path.read_text(encoding="utf-8"), last=True)
-        except UnicodeDecodeError:
-            continue  # a few old modules declare another encoding
-
-
-def _tiny_shakespeare() -> str:
-    """The 40,000 lines of Karpathy's char-rnn: a local copy, or downloaded once; its hash is checked either way."""
-    cached = cache_folder() / "tinyshakespeare.txt"
-    copy = local_copy("tinyshakespeare/input.txt") or local_copy("tinyshakespeare.txt") or cached
-    if copy.is_file():
-        content = copy.read_bytes()
-        if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
-            return content.decode()
-        cause = f"its SHA-256 is not {SHAKESPEARE_SHA256[:12]}..."
-        raise DataError(
-            "not tinyshakespeare", where=str(copy), cause=cause, fix=f"remove it; it comes from {SHAKESPEARE_URL}"
-        )
-    try:
-        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            content = response.read(4 * 2**20)
-    except OSError as error:
-        raise DataError(
-            "tinyshakespeare cannot be had",
-            where="data.source",
-            cause=f"no local copy, and the download failed ({error})",
-            fix="go online once, put it at data/tinyshakespeare/input.txt, or use --data.source=python-docs",
-        ) from None
-    if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-        cause = f"{SHAKESPEARE_URL} gave other bytes than it should"
-        raise DataError(
-            "not tinyshakespeare", cause=cause, fix="try again, or put a good copy at data/tinyshakespeare/input.txt"
-        )
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    cached.write_bytes(content)
-    return content.decode()

@@ -58,7 +58,7 @@ def read_text(config: DataConfig) -> Text:
     Raises:
         DataError: there is no such text, or nothing in it is text.
     """
-    sources = [source for source in (config.source, config.validation) if source is not None]
+    sources = [config.sources, *([(config.validation,)] if config.validation is not None else [])]
     readings = [open_source(source, config.fields) for source in sources]
     surveys = [survey(reading(), stop=config.on_fault == "stop") for reading in readings]
     for source, found in zip(sources, surveys, strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpt2lab.data.prepared import Prepared
 from gpt2lab.distributed import alone
 from gpt2lab.evaluate.perplexity import shard_tokens, unigram_perplexity
 from gpt2lab.evaluate.scoring import losses_by_position
@@ -59,7 +60,9 @@ def measure(rows: list[Row], prompt: str, console: Console) -> tuple[list[Measur
     quiet = Console(quiet=True)
     runs = [set_up(row.config, quiet, alone(row.config)) for row in rows]
     tokens, _ = shard_tokens(runs[0].data.validation, runs[0].tokenizer, runs[0].config.data.validation_tokens)
-    unigram = unigram_perplexity(runs[0].data.train, tokens, runs[0].tokenizer.vocab_size)
+    data = runs[0].data
+    assert isinstance(data, Prepared)  # the rows of a study do not stream
+    unigram = unigram_perplexity(data.train, tokens, runs[0].tokenizer.vocab_size)
     measured = []
     console.say("measuring: loss by position, samples, cache")
     described = [_describe(run, prompt) for run in runs]

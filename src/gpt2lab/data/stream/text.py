@@ -89,7 +89,7 @@ def open_stream(config: DataConfig, tokenizer: str | Tokenizer | None) -> Stream
         hold_out(documents(_pieces(held_from, reader, accounts)), tokenizer, chars, folder, lambda: _sum(accounts))
     prepared = open_prepared(folder)
     if not len(prepared.validation):
-        raise no_text(str(config.validation or config.source), [])
+        raise no_text(config.validation or config.source, [])
     return StreamedText(config, folder, prepared.tokenizer, prepared.validation, identities(files))
 
 

@@ -89,6 +89,7 @@ class Bringer(Window):
         super().__init__(folder)
         self.journal, self._notes = journal, deque[str]()
         self._job, self._deaths, self._wanted, self._needed = job, 0, -1, 0
+        self._seen = set[int]()  # blocks that are there, and are what they were if they were there before
         self._process: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ class Bringer(Window):
             self._wanted = number + AHEAD
             self._ask()
             self._remove_old()
-        return super().has(number)
+        return super().has(number) and number in self._seen
 
     def where(self, number: int) -> str:
         """The file that a block begins in."""
@@ -142,6 +143,7 @@ class Bringer(Window):
     def _start(self, number: int) -> None:
         """Start a producer at the first block, from that one on, that is not there as it was."""
         while self._is_as_it_was(number):
+            self._seen.add(number)
             number += 1
         kept = {block_path(self.folder, n) for n in range(number - BEHIND - AHEAD - 1, number)}
         for path in set(self.folder.glob("block-*")) - kept:
@@ -202,7 +204,9 @@ class Bringer(Window):
             cause = f"block {block.number}, from {block.file} on, is not what was learned from"
             fix = "put back what the source was, or start another run with another --out"
             self._fail(DataError("the source changed", where="data.source", cause=cause, fix=fix))
+            return
         self.journal.add(block.to_dict())
+        self._seen.add(block.number)
         self._deaths = 0
         self._remove_old()
 

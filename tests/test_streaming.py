@@ -1,0 +1,274 @@
+"""Training from a stream: the same samples to the id, whoever is killed and however many go on; what breaks loses nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from gpt2lab import checkpoint
+from gpt2lab.data.batches import Batches
+from gpt2lab.errors import DataError, Interrupted
+from gpt2lab.model.loss import IGNORE
+from gpt2lab.recipe import load_config
+from gpt2lab.tracking import Console, read_rows
+from gpt2lab.train import train
+from tests.data.web import serving
+from tests.forked import Before, fork_command, in_pass, patch, wait_until
+from tests.test_train import SETTINGS, Witness, flags, rows, sentences, terminate
+
+pytestmark = pytest.mark.usefixtures("workplace", "short_samples")
+
+STEPS = 40
+STREAM: dict[str, Any] = SETTINGS | {
+    "steps": STEPS, "tokenizer": "bytes", "batch_tokens": 128, "micro_batch": 2, "data.source": "texts", "data.stream": True,
+    "data.window_tokens": 512, "data.validation_tokens": 200, "out": "run", "validate_every": 0, "sample_every": 0,
+    "checkpoint_every": 3, "system.compare_every": 0, "system.timeout_seconds": 20,
+}  # fmt: skip
+"""Four steps a block; a checkpoint every three."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with five texts, which are read more than once in forty steps."""
+    (tmp_path / "texts").mkdir()
+    for number in range(5):
+        (tmp_path / "texts" / f"{number}.txt").write_text(sentences(30, seed=number))
+    return tmp_path
+
+
+def note_samples(rank: int) -> None:
+    """Write down the ids of each sample that this rank learns from."""
+    draw = Batches.__call__
+
+    def noted(batches: Batches, step: int, micro_step: int) -> Any:
+        token_ids, targets = draw(batches, step, micro_step)
+        if bool((targets != IGNORE).all()):
+            with Path(f"samples-{rank}.jsonl").open("a") as file:
+                for place, ids in enumerate(token_ids):
+                    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+                    file.write(
+                        json.dumps([step, batches.number(micro_step) * batches.micro_batch + place, digest]) + "\n"
+                    )
+        return token_ids, targets
+
+    patch(Batches, "__call__", noted)
+
+
+def samples(place: Path) -> list[Any]:
+    """What all ranks learned from, in the order of steps and samples; what was learned again after a kill counts once."""
+    lines = {line for path in place.glob("samples-*.jsonl") for line in path.read_text().splitlines()}
+    return sorted(json.loads(line) for line in lines)
+
+
+def go(place: Path, processes: int = 1, before: Before = note_samples, **changes: Any) -> list[int]:
+    """Train, or go on; the exit codes."""
+    with fork_command(processes, ["train", *flags(STREAM | changes)], place, before) as ranks:
+        return ranks.wait()
+
+
+def at_step(rank: int, step: int, act: Callable[[], object]) -> Before:
+    """Note the samples, and let one rank act in a step."""
+
+    def before(this: int) -> None:
+        note_samples(this)
+        in_pass(rank, step, 0, act)(this)
+
+    return before
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_streamed(place: Path, **changes: Any) -> Path:
+    """Train in this process."""
+    values = STREAM | {"data.source": str(place / "texts"), "out": str(place / "run")} | changes
+    return train(load_config([], flags(values)), Console(quiet=True))
+
+
+# --- Resumed ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_step_and_gone_on_with_on_one_and_two_processes_it_reads_the_same_samples(
+    place: Path, tmp_path: Path
+) -> None:
+    calm_rate = {"optim.learning_rate": 1e-4, "model.dropout": 0}  # so that rounding is not made larger
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "calm" / "texts").symlink_to(place / "texts")
+    assert go(tmp_path / "calm", **calm_rate) == [0]
+    random = Random(7)
+    steps = sorted(random.sample(range(2, STEPS), 6))
+    for number, step in enumerate(steps):
+        processes = 1 + number % 2
+        codes = go(place, processes, at_step(processes - 1, step, die), **calm_rate)
+        assert codes[processes - 1] == -signal.SIGKILL, codes
+        assert not any(place.glob("run/stream/*/problem.json"))
+    assert go(place, 2, **calm_rate) == [0, 0]
+    assert samples(place) == samples(tmp_path / "calm") and len(samples(place)) == 8 * STEPS
+    ours, calm = rows(place / "run"), rows(tmp_path / "calm" / "run")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours[1:], calm[1:], strict=True)) < 1e-5
+    assert go(tmp_path / "calm", out="other", seed=2, **calm_rate) == [0]
+    assert rows(tmp_path / "calm" / "other")[5]["loss"] != calm[5]["loss"]
+
+
+def test_without_its_blocks_and_without_its_journal_it_goes_on_all_the_same(place: Path) -> None:
+    run_streamed(place)
+    whole = [row["loss"] for row in rows(place / "run")[1:]]
+    for lost in ([], ["stream"], ["stream", "stream.jsonl"]):
+        stop = Witness(17, terminate)
+        values = STREAM | {"data.source": str(place / "texts"), "out": str(place / "again")}
+        with pytest.raises(Interrupted):
+            train(load_config([], flags(values)), stop.console)
+        for name in lost:
+            path = place / "again" / name
+            _ = [part.unlink() for part in path.rglob("block-*")] if path.is_dir() else path.unlink()
+        train(load_config([], flags(values)), Console(quiet=True))
+        assert [row["loss"] for row in rows(place / "again")[1:]] == whole
+        (place / "again").rename(place / f"again-{len(lost)}")
+
+
+def test_a_finished_run_leaves_its_journal_and_no_blocks(place: Path) -> None:
+    folder = run_streamed(place)
+    assert not list(folder.rglob("block-*")) and (folder / "stream.jsonl").stat().st_size > 0
+    found = [json.loads(line) for line in (folder / "stream.jsonl").read_text().splitlines()]
+    assert len([row for row in found if "sha256" in row]) >= STEPS // 4
+    files = [row for row in found if "bytes_in" in row and not row["epoch"]]
+    assert sum(row["bytes_in"] for row in files) == sum(path.stat().st_size for path in (place / "texts").iterdir())
+    for row in files:
+        assert row["bytes_in"] == row["bytes_tokenised"] + row["bytes_held_out"] + sum(
+            row["skipped_by_reason"].values()
+        )
+
+
+def test_a_step_is_replayed_and_the_held_out_text_is_scored(place: Path) -> None:
+    folder = run_streamed(place)
+    command = [sys.executable, "-m", "gpt2lab"]
+    done = subprocess.run([*command, "replay", str(folder), "--step", "22"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([*command, "eval", str(folder), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss = json.loads(done.stdout)["tasks"]["perplexity"]["loss"]
+    assert abs(loss - [row["val_loss"] for row in read_rows(folder / "metrics.jsonl") if "val_loss" in row][-1]) < 1e-4
+
+
+# --- What breaks ------------------------------------------------------------------------------------------------------
+
+
+WEB = {"batch_tokens": 16384, "micro_batch": 512, "data.window_tokens": 16384, "data.validation_tokens": 500}
+"""Forty steps read one file of 600 kB, and a part of the next."""
+TEXT = sentences(30_000).encode()[:600_000]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)[1:]]
+
+
+def test_a_server_that_fails_now_and_then_changes_nothing(tmp_path: Path) -> None:
+    with serving(TEXT, "/a.txt") as web:
+        sources = [web.url, web.url.replace("a.txt", "b.txt")]
+        calm = run_streamed(tmp_path, **WEB | {"data.source": sources, "out": str(tmp_path / "calm")})
+        asked = len(web.asked)
+        web.faults = [
+            {"cut": 70_000},
+            {"status": 503},
+            {"drop": 1},
+            {"cut": 1},
+            {"short": 5_000},
+            {"no ranges": 1, "cut": 200_000},
+        ] * 4
+        rough = run_streamed(tmp_path, **WEB | {"data.source": sources, "out": str(tmp_path / "rough")})
+        assert losses(rough) == losses(calm) and not web.faults and len(web.asked) - asked > 20
+
+
+def test_a_server_that_is_gone_ends_the_run_with_all_that_was_learned(tmp_path: Path) -> None:
+    """In the middle of the run the second file is not there; when it is, the same command goes on to the same losses."""
+    with serving(TEXT, "/a.txt") as web:
+        changes = WEB | {"data.source": [web.url, web.url.replace("a.txt", "b.txt")], "checkpoint_every": 0}
+        calm = run_streamed(tmp_path, **changes | {"out": str(tmp_path / "calm")})
+        values = STREAM | changes | {"out": str(tmp_path / "run")}
+        witness = Witness(2, lambda: web.always.update(status=404))
+        with pytest.raises(DataError, match=r"b\.txt|a\.txt"):
+            train(load_config([], flags(values)), witness.console)
+        newest, _ = checkpoint.latest(tmp_path / "run")
+        assert newest is not None and newest.state["step"] == rows(tmp_path / "run")[-1]["step"] >= 2
+        web.always.clear()
+        train(load_config([], flags(values)), Console(quiet=True))
+        assert losses(tmp_path / "run") == losses(calm)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_the_text_is_waited_for_stops_with_all_that_was_learned(tmp_path: Path, processes: int) -> None:
+    with serving(TEXT, "/a.txt") as web:
+        web.always = {"stall": 1, "cut": 330_000}
+        values = STREAM | WEB | {"data.source": web.url, "checkpoint_every": 0, "micro_batch": 256}
+        with fork_command(processes, ["train", *flags(values)], tmp_path) as ranks:
+            log = tmp_path / "run" / "metrics.jsonl"
+            assert wait_until(lambda: log.exists() and len(rows(tmp_path / "run")) > 3, 60), ranks.everything_said
+            _until_it_stands_still(tmp_path / "run")
+            for pid in ranks.pids:
+                os.kill(pid, signal.SIGINT)
+            assert ranks.wait(30) == [75] * processes, ranks.everything_said
+        newest, _ = checkpoint.latest(tmp_path / "run")
+        assert newest is not None and newest.state["step"] == rows(tmp_path / "run")[-1]["step"]
+
+
+def _until_it_stands_still(folder: Path) -> None:
+    """Until no step was added for a while."""
+    count, since = -1, time.monotonic()
+    while time.monotonic() - since < 2:
+        if (now := len(rows(folder))) != count:
+            count, since = now, time.monotonic()
+        time.sleep(0.05)
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "line"),
+    [
+        ({"steps": None}, 2, "data.stream needs steps"),
+        ({"tokenizer": "chars"}, 2, "a stream is never read as a whole"),
+        ({"data.source": "nowhere"}, 3, "nowhere"),
+        ({"data.source": "hf:nobody/nothing"}, 3, "no Hub answers at http://127.0.0.1:1"),
+        ({"data.source": "http://127.0.0.1:1/a.txt"}, 3, "http://127.0.0.1:1/a.txt"),
+    ],
+)
+def test_what_cannot_be_streamed_is_said_in_one_line(
+    place: Path, changes: dict[str, Any], code: int, line: str
+) -> None:
+    before = set(place.iterdir())
+    values = {key: value for key, value in (STREAM | changes).items() if value is not None}
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2lab", "train", *flags(values)], cwd=place, capture_output=True, text=True,
+        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1"},
+    )  # fmt: skip
+    assert done.returncode == code and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert set(place.iterdir()) == before
+
+
+def test_another_source_is_refused_with_the_file_that_differs(place: Path) -> None:
+    stop = Witness(10, terminate)
+    values = STREAM | {"data.source": str(place / "texts"), "out": str(place / "run")}
+    with pytest.raises(Interrupted):
+        train(load_config([], flags(values)), stop.console)
+    text = place / "texts" / "3.txt"
+    good = text.read_bytes()
+    for content, said in ((good + b"more", r"3\.txt was .* and is "), (None, r"3\.txt is gone")):
+        text.unlink()
+        if content is not None:
+            text.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            train(load_config([], flags(values)), Console(quiet=True))
+    text.write_bytes(good)
+    (place / "texts" / "new.txt").write_text("new")
+    with pytest.raises(DataError, match=r"new\.txt is new"):
+        train(load_config([], flags(values)), Console(quiet=True))
