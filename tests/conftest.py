@@ -60,9 +60,9 @@ def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     windows: list[int] = []
     in_blocks = attention._attend_in_blocks
 
-    def noted(q: Tensor, k: Tensor, v: Tensor, earlier: int, window: int, dropout: float) -> Tensor:
+    def noted(q: Tensor, k: Tensor, v: Tensor, earlier: int, window: int, *others: Any) -> Tensor:
         windows.append(window)
-        return in_blocks(q, k, v, earlier, window, dropout)
+        return in_blocks(q, k, v, earlier, window, *others)
 
     monkeypatch.setattr(attention, "_attend_in_blocks", noted)
     return windows

@@ -100,15 +100,21 @@ def attention(
     q_start: int = 0,
     k_start: int = 0,
     window: int | None = None,
+    documents: list[list[int]] | None = None,
     rules: Rules = RULES,
 ) -> Tensor:
-    """Queries (b, h, i, dim) at positions q_start... look at keys and values (b, kv_head, j, dim) at k_start..."""
+    """Queries (b, h, i, dim) at positions q_start... look at keys and values (b, kv_head, j, dim) at k_start...
+
+    `documents`: which document each token of each row belongs to; nothing is seen of another one.
+    """
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             kv = rules.kv_head(h, q.shape[1], k.shape[1])
             for i in range(q.shape[2]):
                 seen = [j for j in range(k.shape[2]) if rules.sees(q_start + i - (k_start + j), window)]
+                if documents is not None:
+                    seen = [j for j in seen if documents[b][j] == documents[b][i]]
                 scores = [q[b, h, i].dot(k[b, kv, j]) / math.sqrt(q.shape[3]) for j in seen]
                 weights = torch.stack(scores).softmax(dim=0)
                 out[b, h, i] = sum(weight * v[b, kv, j] for weight, j in zip(weights, seen, strict=True))
@@ -169,8 +175,25 @@ def activate(x: Tensor, name: str, rules: Rules = RULES) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * gated
 
 
-def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Tensor, rules: Rules = RULES) -> Tensor:
-    """The logits of a GPT-2 with these weights (a state_dict)."""
+def documents_of(token_ids: list[int], end_of_text: int) -> list[int]:
+    """The number of the document that each token belongs to; end-of-text is the last token of its own."""
+    numbers, number = [], 0
+    for token in token_ids:
+        numbers.append(number)
+        number += token == end_of_text
+    return numbers
+
+
+def gpt2_logits(
+    weights: Mapping[str, Tensor],
+    config: GPT2Config,
+    token_ids: Tensor,
+    rules: Rules = RULES,
+    *,
+    documents: list[list[int]] | None = None,
+    restart: bool = False,
+) -> Tensor:
+    """The logits of a GPT-2 with these weights (a state_dict); `restart`: learned positions begin anew in each document."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     batch, time = token_ids.shape
     dim, heads, kv_heads = config.head_dim, config.num_heads, config.num_kv_heads or config.num_heads
@@ -205,7 +228,10 @@ def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Te
     scaled["trained"] = config.max_seq_len / config.rope_factor
     x = weights["token_embedding.weight"][token_ids]
     if config.position == "learned":
-        x = x + weights["position_embedding.weight"][:time]
+        places = [list(range(time)) for _ in range(batch)]
+        if restart and documents is not None:
+            places = [[t - row.index(number) for t, number in enumerate(row)] for row in documents]
+        x = x + weights["position_embedding.weight"][torch.tensor(places)]
     for layer in range(config.num_layers):
         name = f"blocks.{layer}"
         window = config.windows[layer % len(config.windows)] if config.windows else None
@@ -216,7 +242,8 @@ def gpt2_logits(weights: Mapping[str, Tensor], config: GPT2Config, token_ids: Te
             q, k = rms_norm(q), rms_norm(k)
         if config.position == "rope":
             q, k = (rotate(x, base=config.rope_base, rules=rules, **scaled) for x in (q, k))
-        attended = attention(q, k, v, window=window, rules=rules).transpose(1, 2).reshape(batch, time, heads * dim)
+        attended = attention(q, k, v, window=window, documents=documents, rules=rules)
+        attended = attended.transpose(1, 2).reshape(batch, time, heads * dim)
         x = x + linear(attended, f"{name}.attn.output_proj")
         feed = experts if config.num_experts > 1 else mlp
         x = x + feed(norm(x, f"{name}.mlp_norm"), f"{name}.mlp")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2lab.config import GPT2Config, OptimConfig, ResolvedConfig, RunConfig, SystemConfig
+from gpt2lab.config import DataConfig, GPT2Config, OptimConfig, ResolvedConfig, RunConfig, SystemConfig
 from gpt2lab.memory import activation_bytes, meta_model, moments
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.optim import make_optimizer
@@ -211,6 +211,17 @@ def test_the_peak_is_that_of_real_steps(name: str) -> None:
     assert forecast["total"] - forecast[least] != pytest.approx(measured, rel=0.1)
     other = dataclasses.replace(config, micro_batch=2)
     assert memory_bytes(other)["total"] != pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("windows", [None, (32,)])
+def test_the_masks_of_documents_are_in_the_peak(windows: tuple[int, ...] | None) -> None:
+    """One for each sequence, or for each block of queries and head."""
+    shape = {"vocab_size": 64, "max_seq_len": 512, "embed_dim": 32, "num_heads": 4, "num_layers": 3, "windows": windows}
+    alone = DataConfig(attend_across=False)
+    config = memory.make(shape, system={}, optim="adamw", micro_batch=4, passes=2, data=alone)
+    measured = memory.peak_bytes(lambda: memory.train(config))
+    assert memory_bytes(config)["total"] == pytest.approx(measured, rel=0.05)
+    assert memory_bytes(dataclasses.replace(config, data=DataConfig()))["total"] < 0.9 * measured
 
 
 @each_variant

@@ -161,6 +161,13 @@ class DataConfig:
     """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
     on_fault: Literal["skip", "stop"] = "skip"
     """What is not text where text should be (bad bytes, broken records, binary files): leave it out and say so, or stop."""
+    packing: Literal["contiguous", "documents"] = "contiguous"
+    """How text becomes samples. contiguous: cut every seq_len tokens, wherever documents begin. documents: each sample holds
+    whole documents, as many as fit; longer ones are cut, and what stays empty is no target."""
+    attend_across: bool = True
+    """Whether a token may look at the documents before its own in the same sample, in training and in validation."""
+    restart_positions: bool = False
+    """Whether positions count from where each document begins, or from where the sample does."""
     validation: str | None = None
     """Text to validate on, like source. None: a tenth of the source is held out, whole documents where there are many."""
     validation_tokens: Count | None = None
@@ -299,6 +306,15 @@ class RunConfig:
         elif self.micro_batch and (self.batch_tokens // seq_len) % self.micro_batch:
             problems.append(
                 f"micro_batch {self.micro_batch} does not divide the {self.batch_tokens // seq_len} sequences of a step"
+            )
+        if self.data.packing == "documents" and self.data.stream:
+            problems.append("data.packing documents looks at the whole text first, which data.stream never has")
+        if self.data.packing == "documents" and seq_len < 2:
+            problems.append("data.packing documents needs a seq_len of 2 or more")
+        if self.model.position == "rope" and self.data.restart_positions and self.data.attend_across:
+            problems.append(
+                "data.restart_positions with rope and data.attend_across would turn tokens of other documents to wrong"
+                " distances; rope needs no restart"
             )
         if self.system.strategy == "single" and (self.system.num_processes or 1) > 1:
             problems.append(f"system.num_processes {self.system.num_processes} is too many for system.strategy single")

@@ -9,8 +9,9 @@ from typing import Any
 
 from gpt2lab.config import ResolvedConfig
 from gpt2lab.data.batches import Batches
+from gpt2lab.data.packing import make_samples
 from gpt2lab.data.prepared import Prepared
-from gpt2lab.data.samples import Contiguous, Samples
+from gpt2lab.data.samples import Samples
 from gpt2lab.data.stream.blocks import Block, Journal
 from gpt2lab.data.stream.samples import Streamed
 from gpt2lab.data.stream.text import StreamedText
@@ -34,7 +35,7 @@ def open_samples(
         before: a block of the stream, from whose end on this machine can begin to read; None: from the start.
     """
     if isinstance(data, Prepared):
-        return Contiguous(data.train, config.seq_len, config.seed)
+        return make_samples(config.data, data.train, config.seq_len, config.seed, data.tokenizer.end_of_text)
     per_block = _per_block(config)
     place = folder / BLOCKS / f"rank-{ranks.rank - ranks.local_rank}"  # of the first process on this machine
     if ranks.local_rank > 0:

@@ -80,6 +80,7 @@ class Pass:
         self.mask_width = self.width if device == "cpu" else 1
         self.weights_kept = self.dropout and device == "cpu"
         self.checkpointing = config.system.activation_checkpointing
+        self.across = config.data.attend_across
         windows = model.windows or (None,)
         self.windows = [windows[layer % len(windows)] for layer in range(model.num_layers)]
 
@@ -138,7 +139,10 @@ class Pass:
         if in_blocks and (time - blocks[0][0]) % blocks[1][0]:  # copies that are padded to whole blocks
             size, seen, chunks = blocks[1]
             kept += self.batch * (size * chunks * embed + (size * (chunks - 1) + seen) * keys) * width
-        if in_blocks or (window or time) < time:
+        if not self.across:  # the masks, as numbers: one for each sequence, or for each block and head
+            masks = [1, model.num_heads * blocks[-1][2]]
+            kept += sum(q * k * n for (q, k, _), n in zip(blocks, masks, strict=False)) * self.batch * width
+        elif in_blocks or (window or time) < time:
             kept += blocks[-1][0] * blocks[-1][1] * width  # the mask, as numbers
         return kept, 0
 

@@ -33,7 +33,14 @@ class Derived:
 
 
 def resolve(
-    config: RunConfig, vocab_size: int, train_tokens: int, device: str, memory: int, world_size: int = 1
+    config: RunConfig,
+    vocab_size: int,
+    train_tokens: int,
+    device: str,
+    memory: int,
+    world_size: int = 1,
+    *,
+    per_epoch: int | None = None,
 ) -> tuple[ResolvedConfig, list[Derived]]:
     """Fill what a recipe leaves open; a pure function of its arguments.
 
@@ -43,6 +50,7 @@ def resolve(
         device: "cpu", "cuda" or "mps".
         memory: bytes that are free there, for each process.
         world_size: processes that share the work.
+        per_epoch: samples in an epoch. None: those of text that is cut wherever documents begin.
     """
     derived: list[Derived] = []
 
@@ -59,11 +67,8 @@ def resolve(
     )
     seq_len = fill("seq_len", config.seq_len, model.max_seq_len, "model.max_seq_len")
 
-    epochs, samples, per_epoch = (
-        config.epochs or 1.0,
-        config.batch_tokens // seq_len,
-        epoch_samples(train_tokens, seq_len),
-    )
+    epochs, samples = config.epochs or 1.0, config.batch_tokens // seq_len
+    per_epoch = per_epoch or epoch_samples(train_tokens, seq_len)
     reason = f"{epochs:g} epochs of {per_epoch} samples, {samples} a step"
     steps = fill("steps", config.steps, math.ceil(epochs * per_epoch / samples), reason)
 

@@ -16,6 +16,7 @@ from gpt2lab import checkpoint
 from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
+from gpt2lab.data.packing import Documents
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
 from gpt2lab.data.sources import described
@@ -35,6 +36,7 @@ from gpt2lab.folder import (
     refuse_other_text,
 )
 from gpt2lab.health import SKIPS_WITHIN, Health
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.plan import Derived, flops_per_token
 from gpt2lab.recipe import build_config, parse_recipe
@@ -87,6 +89,12 @@ class Run:
     shift: int = 0
     health: Health = field(default_factory=Health)
     rollbacks: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def borders(self) -> Borders:
+        """What the borders of documents mean to the model."""
+        data = self.config.data
+        return Borders(self.tokenizer.end_of_text, data.attend_across, data.restart_positions)
 
     def recent_rows(self) -> list[dict[str, Any]]:
         """The last rows of metrics.jsonl, as the main process has them, in all processes."""
@@ -284,6 +292,8 @@ def introduce(run: Run, derived: list[Derived]) -> None:
     else:
         learn = f"{len(run.data.train):,} tokens to learn from"
     say(f"text     {described(config.data.source)}: {learn}, {len(run.data.validation):,} held out")
+    if isinstance(samples := run.batches.samples, Documents):
+        say(f"packing  whole documents in {samples.per_epoch:,} samples an epoch, {samples.padding:.1%} of it padding")
     for item in derived:
         say(f"derived  {item.key} = {item.value}: {item.reason}")
     work = flops_per_token(config.model, config.seq_len) / 1e6

@@ -9,6 +9,7 @@ import torch
 from gpt2lab import weights
 from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import GPT2Config, ResolvedConfig, RunConfig
+from gpt2lab.data.packing import Documents
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.prepared import Prepared
 from gpt2lab.data.samples import check_length
@@ -63,7 +64,10 @@ def settle(config: RunConfig, ranks: Ranks | None = None, resumed: Checkpoint | 
     data = open_stream(config.data, tokenizer) if config.data.stream else prepare(config.data, tokenizer)
     train_tokens = len(data.train) if isinstance(data, Prepared) else 0  # then the steps are given
     memory = available_memory_bytes(device) // (here if device.type == "cpu" else 1)
-    resolved, derived = resolve(config, data.tokenizer.vocab_size, train_tokens, device.type, memory, world)
+    resolved, derived = resolve(
+        config, data.tokenizer.vocab_size, train_tokens, device.type, memory, world,
+        per_epoch=samples_per_epoch(config, data),
+    )  # fmt: skip
     check(resolved, data)
     tokens = resolved.micro_batch * resolved.seq_len
     precision, reason = choose_precision(resolved.system, resolved.model, tokens, device)
@@ -97,6 +101,18 @@ def choose_tokenizer(
     return start[1] if start is not None else None
 
 
+def samples_per_epoch(config: RunConfig, data: Prepared | StreamedText) -> int | None:
+    """Samples in an epoch, where documents decide it; None: where the length of the text does.
+
+    Raises:
+        DataError: there is no text, or it is damaged.
+    """
+    if config.data.packing == "contiguous" or isinstance(data, StreamedText):
+        return None
+    seq_len = config.seq_len or config.model.max_seq_len
+    return Documents(data.train, seq_len, config.seed, data.tokenizer.end_of_text).per_epoch
+
+
 def check(config: ResolvedConfig, data: Prepared | StreamedText) -> None:
     """Refuse what only the text and the tokenizer can tell.
 
@@ -108,7 +124,7 @@ def check(config: ResolvedConfig, data: Prepared | StreamedText) -> None:
         raise ConfigError(
             "vocabulary too small", where="model.vocab_size", cause=cause, fix="leave it out: the tokenizer decides"
         )
-    if isinstance(data, Prepared):
+    if isinstance(data, Prepared) and config.data.packing == "contiguous":
         check_length(data.train, config.seq_len, "training")
     if len(data.validation) < 2:
         raise DataError(

@@ -130,7 +130,7 @@ def train_step(run: Run) -> dict[str, Any]:
         torch.manual_seed(derive(config.seed, "dropout", index + 1, number))
         routing = Routing() if config.model.num_experts > 1 else None
         with strategy.one_pass(last=micro_step == batches.micro_steps - 1):
-            losses = strategy.module(token_ids, targets, routing=routing)
+            losses = strategy.module(token_ids, targets, routing=routing, **run.borders(token_ids))
             # A sum over targets, divided by those of the whole step: however the step is split, the loss is the same.
             loss = losses.sum() / num_targets
             scored = number < batches.passes
@@ -249,7 +249,7 @@ def validate(run: Run) -> dict[str, float]:
     ranks, config = run.ranks, run.config
     tokens, num_bytes = shard_tokens(run.data.validation, run.tokenizer, config.data.validation_tokens)
     losses = token_losses(
-        run.model, tokens, config.seq_len, rank=ranks.rank, world_size=ranks.world_size,
+        run.model, tokens, config.seq_len, borders=run.borders, rank=ranks.rank, world_size=ranks.world_size,
         on_batch=lambda: ranks.at(run.step, "validate"),
     )  # fmt: skip
     losses = ranks.sum(torch.from_numpy(losses)).numpy()

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from gpt2lab.config import GPT2Config, OptimConfig, ResolvedConfig, RunConfig, SystemConfig
+from gpt2lab.config import DataConfig, GPT2Config, OptimConfig, ResolvedConfig, RunConfig, SystemConfig
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.moe import Routing
 from gpt2lab.optim import make_optimizer
@@ -85,7 +86,15 @@ class Recomputed(Routing):
                 noted.pop()
 
 
-def make(model: dict[str, Any], *, system: dict[str, Any], optim: str, micro_batch: int, passes: int) -> ResolvedConfig:
+def make(
+    model: dict[str, Any],
+    *,
+    system: dict[str, Any],
+    optim: str,
+    micro_batch: int,
+    passes: int,
+    data: DataConfig | None = None,
+) -> ResolvedConfig:
     """A config for a few steps."""
     shape = GPT2Config(**model)
     processes = system.get("num_processes", 1)
@@ -93,6 +102,7 @@ def make(model: dict[str, Any], *, system: dict[str, Any], optim: str, micro_bat
         model=shape,
         system=SystemConfig(**{"precision": "fp32"} | system),
         optim=OptimConfig(name=optim),
+        data=data or DataConfig(),
         micro_batch=micro_batch,
         batch_tokens=shape.max_seq_len * micro_batch * passes * processes,
         steps=3,
@@ -111,6 +121,7 @@ def train(config: ResolvedConfig) -> None:
     optimizer = make_optimizer(model, config.optim)
     processes = config.system.num_processes or 1
     passes = config.batch_tokens // (config.seq_len * config.micro_batch * processes)
+    borders = Borders(0, config.data.attend_across, config.data.restart_positions)
     for _ in range(2):
         for number in range(passes):
             drawn = torch.randint(config.model.vocab_size or 1, (config.micro_batch, config.seq_len + 1))
@@ -118,7 +129,7 @@ def train(config: ResolvedConfig) -> None:
             routing = Recomputed() if config.model.num_experts > 1 else None
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = number == passes - 1
-            loss = module(token_ids, targets, routing=routing).sum() / config.batch_tokens
+            loss = module(token_ids, targets, routing=routing, **borders(token_ids)).sum() / config.batch_tokens
             if routing is not None:
                 loss = loss + 0.01 * routing.balance_loss + 0.001 * routing.z_loss
                 routing.read = True

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.attention import attend
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.moe import GroupedLinear, MoE, Routing
-from tests.model import test_moe
+from tests.model import test_borders, test_moe
 from tests.model.test_attention import LENGTHS_AND_WINDOWS, attend_with_a_mask, with_gradients
 from tests.model.test_variants import (
     LONG,
@@ -24,6 +25,7 @@ from tests.model.test_variants import (
     each,
     each_variant,
     greedy,
+    looks_back,
     tokens,
 )
 from tests.reference import assert_differ, assert_same, difference
@@ -275,3 +277,26 @@ def test_experts_do_the_same_twice_to_the_bit(dtype: torch.dtype) -> None:
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     assert not torch.equal(first["out"], outcome(moe, x.flip(1))[0]["out"])
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_documents_that_share_a_sequence_are_each_alone(variant: dict[str, Any], dtype: torch.dtype) -> None:
+    """The losses and one gradient of the CPU, in float64; rough in bf16, where a mask chooses another kernel."""
+    (cpu, gpu), (token_ids, _) = on_both(variant, dtype), test_borders.packed()
+    rough = 1.0 if dtype == torch.float32 else 100.0
+
+    def losses(model: GPT2, borders: Borders) -> Tensor:
+        model.zero_grad()
+        ids = token_ids.to(model.device)
+        found = model(ids, ids.roll(-1, 1), **borders(ids))
+        found.mean().backward()
+        return found.detach().double().cpu()
+
+    ours, truth = losses(gpu, test_borders.ALONE), losses(cpu, test_borders.ALONE)
+    assert ((ours - truth).abs().mean() / truth.std()).item() < 1e-3 * rough
+    name = "token_embedding.weight"
+    gradient, true_gradient = (model.get_parameter(name).grad.double().cpu() for model in (gpu, cpu))
+    assert (gradient - true_gradient).norm() < 3e-3 * rough * true_gradient.norm()
+    if looks_back(cpu.config):
+        assert ((losses(cpu, Borders(test_borders.END)) - truth).abs().mean() / truth.std()).item() > 3e-3

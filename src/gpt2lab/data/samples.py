@@ -7,9 +7,9 @@ is left over at the ends (less than two samples) waits for another epoch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -18,34 +18,41 @@ from gpt2lab.errors import DataError
 from gpt2lab.seeds import derive
 
 
-class Samples(Protocol):
-    """Samples by their number, from 0 on without an end; asked again, each is the same."""
+class Samples(ABC):
+    """Samples by their number, from 0 on without an end; asked again, each is the same.
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a sample."""
+    Attributes:
+        seq_len: tokens in a sample.
+    """
 
+    seq_len: int
+
+    @abstractmethod
     def start(self, index: int) -> int:
         """Where in the text a sample begins."""
 
+    @abstractmethod
     def read(self, index: int) -> np.ndarray:
         """Its ``seq_len + 1`` ids, as a fresh int64 array."""
 
+    @abstractmethod
     def scored(self, index: int) -> np.ndarray:
         """Which of its `seq_len` targets, all but its first id, are to be learned: booleans."""
 
     def where(self, index: int) -> str:
-        """Where in its source it lies, for the line that shows progress; may be empty."""
+        """Where in its source it lies, for the line that shows progress; empty where the step says as much."""
+        return ""
 
     def news(self) -> list[str]:
         """What a person should be told of the source, and was not yet."""
+        return []
 
     def close(self) -> None:
-        """No more samples are needed."""
+        """Let go of what brings the text: no more of it is needed."""
 
 
 @dataclass(frozen=True)
-class Contiguous:
+class Contiguous(Samples):
     """Samples cut from the text one after the other, wherever its documents begin.
 
     Attributes:
@@ -81,17 +88,6 @@ class Contiguous:
     def scored(self, index: int) -> np.ndarray:
         """All but those of prompts."""
         return self.shards.scored(self.start(index) + 1, self.seq_len)
-
-    def where(self, index: int) -> str:
-        """Nowhere that would say more than the step does."""
-        return ""
-
-    def news(self) -> list[str]:
-        """Nothing: what is wrong in a text was said when it was prepared."""
-        return []
-
-    def close(self) -> None:
-        """Shards are closed with the last reference to them."""
 
 
 def epoch_samples(num_tokens: int, seq_len: int) -> int:

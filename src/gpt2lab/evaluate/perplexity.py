@@ -10,6 +10,7 @@ import numpy as np
 from gpt2lab.data.shards import Shards
 from gpt2lab.data.sources import Document
 from gpt2lab.evaluate.scoring import token_losses
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
 
@@ -56,10 +57,16 @@ def shard_tokens(shards: Shards, tokenizer: Tokenizer, limit: int | None) -> tup
 
 
 def perplexity(
-    model: GPT2, token_ids: np.ndarray, num_bytes: int, seq_len: int, stride: int | None = None
+    model: GPT2,
+    token_ids: np.ndarray,
+    num_bytes: int,
+    seq_len: int,
+    stride: int | None = None,
+    *,
+    borders: Borders | None = None,
 ) -> Perplexity:
     """Score every token of `token_ids` but the first, which only serves as context, once."""
-    return Perplexity.of(token_losses(model, token_ids, seq_len, stride), num_bytes)
+    return Perplexity.of(token_losses(model, token_ids, seq_len, stride, borders=borders), num_bytes)
 
 
 def unigram_perplexity(train: Shards, token_ids: np.ndarray, vocab_size: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.loss import IGNORE
 
@@ -36,6 +37,7 @@ def token_losses(
     seq_len: int,
     stride: int | None = None,
     *,
+    borders: Borders | None = None,
     batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -46,6 +48,8 @@ def token_losses(
     Args:
         seq_len: tokens in a window.
         stride: tokens from window to window; None: seq_len, the cheapest; 1: the most context for every token.
+        borders: what documents' borders mean to the model; None: nothing. The text is cut as ever, and a window that begins
+            inside a document sees what is left of it.
         batch_size: windows in a forward pass; None: what keeps the logits small.
         rank, world_size: score this rank's share of the passes alone, and give 0 elsewhere: the shares add up to the whole.
         on_batch: called before each pass; all ranks make equally many, since a sharded model needs all of them for one.
@@ -66,17 +70,20 @@ def token_losses(
         for row, (start, length, done) in enumerate(group):
             inputs[row, :length] = token_ids[start : start + length]
             targets[row, done:length] = token_ids[start + done + 1 : start + length + 1]
-        result = model(torch.from_numpy(inputs).to(model.device), torch.from_numpy(targets).to(model.device))
+        read, asked = (torch.from_numpy(ids).to(model.device) for ids in (inputs, targets))
+        result = model(read, asked, **(borders(read) if borders is not None else {}))
         for row, (start, length, done) in enumerate(group if mine else []):
             losses[start + done : start + length] = result[row, done:length].double().cpu().numpy()
     model.train(was_training)
     return losses
 
 
-def losses_by_position(model: GPT2, token_ids: np.ndarray, seq_len: int, starts: Sequence[int]) -> np.ndarray:
+def losses_by_position(
+    model: GPT2, token_ids: np.ndarray, seq_len: int, starts: Sequence[int], *, borders: Borders | None = None
+) -> np.ndarray:
     """The mean loss at each position of contexts of `seq_len` tokens that begin at `starts`.
 
     Position p (from 0) is predicted from p + 1 tokens. Positions beyond the trained length show how a model extrapolates.
     """
-    rows = [token_losses(model, token_ids[start : start + seq_len + 1], seq_len) for start in starts]
+    rows = [token_losses(model, token_ids[start : start + seq_len + 1], seq_len, borders=borders) for start in starts]
     return np.mean(rows, axis=0)

@@ -15,6 +15,7 @@ from gpt2lab.data.sources import read_documents
 from gpt2lab.data.stream.text import open_stream
 from gpt2lab.errors import ConfigError
 from gpt2lab.evaluate.perplexity import document_tokens, perplexity, shard_tokens
+from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.recipe import build_config, read_recipe
 from gpt2lab.tokenizer import Tokenizer
@@ -22,17 +23,25 @@ from gpt2lab.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated on what: token ids (the first is only context) and the bytes of text behind them."""
+    """What is evaluated on what: token ids (the first is only context) and the bytes of text behind them.
+
+    Attributes:
+        borders: what documents' borders mean to the model, as in its training; None: nothing.
+    """
 
     model: GPT2
     token_ids: np.ndarray
     num_bytes: int
     seq_len: int
     stride: int | None
+    borders: Borders | None = None
 
 
 def _perplexity(subject: Subject) -> dict[str, Any]:
-    return asdict(perplexity(subject.model, subject.token_ids, subject.num_bytes, subject.seq_len, subject.stride))
+    found = perplexity(
+        subject.model, subject.token_ids, subject.num_bytes, subject.seq_len, subject.stride, borders=subject.borders
+    )
+    return asdict(found)
 
 
 TASKS: dict[str, Callable[[Subject], dict[str, Any]]] = {"perplexity": _perplexity}
@@ -78,5 +87,8 @@ def evaluate(
         token_ids, num_bytes = shard_tokens(prepared.validation, tokenizer, run.data.validation_tokens)
     else:
         raise ConfigError("no text", where=name, cause="this model has no held-out text of its own", fix="--data=FILE")
-    subject = Subject(model, token_ids, num_bytes, seq_len, stride)
+    borders = None
+    if run is not None:
+        borders = Borders(tokenizer.end_of_text, run.data.attend_across, run.data.restart_positions)
+    subject = Subject(model, token_ids, num_bytes, seq_len, stride, borders)
     return {task: TASKS[task](subject) for task in tasks}

@@ -22,9 +22,10 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch time embed"],
-        positions: Int[Tensor, " time"],
+        positions: Int[Tensor, "*each time"],
         cache: KVCache | None = None,
         routing: Routing | None = None,
+        reach: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
-        x = x + self.attn(self.attn_norm(x), positions, cache)
+        x = x + self.attn(self.attn_norm(x), positions, cache, reach)
         return x + self.mlp(self.mlp_norm(x), routing)

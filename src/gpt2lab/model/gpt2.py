@@ -148,6 +148,8 @@ class GPT2(nn.Module):
         *,
         cache: Cache | None = None,
         routing: Routing | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        reach: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch time"]:
         """Logits for the token after each one; or, with `targets`, each target's loss in nats.
 
@@ -155,22 +157,27 @@ class GPT2(nn.Module):
             targets: the true next tokens; -100 is not scored and costs 0.
             cache: what was read before; `token_ids` continue it and are added to it.
             routing: is told what the routers of a model with experts decide.
+            positions: where each token stands, from 0 and below `time`; None: one after the other.
+            reach: how many tokens each may see at most, itself included; None: all before it. A layer's window holds, too.
 
         Raises:
-            ValueError: a position beyond what a model with learned positions has.
+            ValueError: a position beyond what a model with learned positions has; `positions` or `reach` with a cache, which
+                goes on with one text.
         """
+        if cache is not None and not (positions is None and reach is None):
+            raise ValueError("positions and reach are for texts that are read at once, without a cache")
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)
+        length = start + token_ids.shape[1]
+        places = torch.arange(start, length, device=token_ids.device) if positions is None else positions
         x = self.token_embedding(token_ids)
         if self.position_embedding is not None:
-            if start + len(positions) > self.max_seq_len:
-                length = start + len(positions)
+            if length > self.max_seq_len:
                 raise ValueError(f"{length} tokens, but learned positions end at max_seq_len {self.max_seq_len}")
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(places)
         x = self.dropout(x)
         layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
         for block, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x = block(x, positions, layer_cache, routing)
+            x = block(x, places, layer_cache, routing, reach)
         # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
         logits = nn.functional.linear(self.final_norm(x), self.head_weight)[..., : self.vocab_size]
         if self.config.logit_softcap is not None:

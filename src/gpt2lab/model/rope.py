@@ -68,10 +68,10 @@ class RotaryEmbedding(nn.Module):
         return frequencies
 
     def forward(
-        self, x: Float[Tensor, "batch head time {self.dim}"], positions: Int[Tensor, " time"]
+        self, x: Float[Tensor, "batch head time {self.dim}"], positions: Int[Tensor, "*each time"]
     ) -> Float[Tensor, "batch head time {self.dim}"]:
-        """Rotate `x`, each token by its position."""
-        angles = positions.float()[:, None] * self.frequencies(x.device)
+        """Rotate `x`, each token by its position; `positions` are those of all sequences, or a row for each."""
+        angles = positions.float()[..., None, :, None] * self.frequencies(x.device)
         cos, sin = (angles.cos() * self.amplitude).to(x.dtype), (angles.sin() * self.amplitude).to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -119,7 +119,7 @@ def _describe(run: Run, prompt: str) -> tuple[list[float], list[str], int]:
     # All rows are measured on the same contexts; a model without positions for the rest of them stops early.
     count = min(POSITION_WINDOWS, (len(tokens) - 1) // longest)
     starts = np.linspace(0, len(tokens) - 1 - longest, count).astype(int).tolist()
-    positions = losses_by_position(model, tokens, reach, starts)
+    positions = losses_by_position(model, tokens, reach, starts, borders=run.borders)
     written = generate(
         model, run.tokenizer, prompt, num_samples=SAMPLES, max_new_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE
     )

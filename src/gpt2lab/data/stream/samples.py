@@ -7,12 +7,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from gpt2lab.data.samples import Samples
 from gpt2lab.data.stream.window import Window
 from gpt2lab.seeds import derive
 
 
 @dataclass(frozen=True)
-class Streamed:
+class Streamed(Samples):
     """Samples cut from the stream one after the other; those of a block are learned from in an order drawn by seed and block.
 
     Attributes:
