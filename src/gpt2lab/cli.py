@@ -259,6 +259,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--part", default="1/1", metavar="I/N", help="one of N parts that machines share out; they may use one folder"
     )
     prepare.add_argument(
+        "--engine",
+        choices=("here", "ray"),
+        default="here",
+        help="who tokenises: this machine, or a Ray cluster (default: %(default)s)",
+    )
+    prepare.add_argument(
         "--tokenizer", default="bytes", help="bytes, chars, bpe:N, gpt2 or a folder (default: %(default)s)"
     )
     prepare.add_argument("--json", action="store_true", help="print one JSON object")

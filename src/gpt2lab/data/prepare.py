@@ -36,6 +36,9 @@ MOST_PARTS = 10_000
 _WORTH_WORKERS = 2**22
 """Bytes of text from which on other processes are worth their start."""
 
+Write = Callable[[Text, list[str], Tokenizer, Path, int | None, Callable[[str], object]], None]
+"""What makes these shards of a text, as `write_shards` does."""
+
 
 def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
     """The text of a recipe as shards: found where they were prepared before, or prepared now.
@@ -67,6 +70,7 @@ def prepare_part(
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
     progress: Callable[[str], object] = lambda text: None,
+    write: Write | None = None,
 ) -> Prepared | None:
     """Write every n-th shard of a text, from the i-th on; whoever finds all shards there finishes the folder.
 
@@ -74,6 +78,7 @@ def prepare_part(
         part: i and n; i counts from 1.
         workers: processes that tokenise; None: one a core, where there is enough to do.
         progress: is told how far it is, often.
+        write: who tokenises; None: `write_shards`, on this machine.
 
     Returns:
         None while shards of other parts are missing.
@@ -88,8 +93,6 @@ def prepare_part(
     if isinstance(tokenizer, str) and not is_learned(tokenizer):
         tokenizer = open_tokenizer(tokenizer)
     text = read_text(config)
-    if workers is None:
-        workers = (os.cpu_count() or 1) if text.found.bytes >= _WORTH_WORKERS else 1
     key = _key(text, tokenizer)
     folder = folder or cache_folder() / "prepared" / key
     if not _is_prepared(folder, key):
@@ -98,7 +101,7 @@ def prepare_part(
         with _alone_at(aside, part):
             if not _is_prepared(folder, key):  # by a process that was alone before
                 _claim(aside, key, part)
-                if not _write_part(text, tokenizer, key, aside, part, workers, progress):
+                if not _write_part(text, tokenizer, key, aside, part, workers, progress, write or write_shards):
                     return None
                 try:
                     put_in_place(aside, folder)
@@ -127,8 +130,9 @@ def _write_part(
     key: str,
     folder: Path,
     part: tuple[int, int],
-    workers: int,
+    workers: int | None,
     progress: Callable[[str], object],
+    write: Write,
 ) -> bool:
     """Write the shards of a part that are not there yet; when none of any part is missing, also what closes the folder."""
     names = [name for split in SPLITS for name in text.division.names(split)]
@@ -137,7 +141,8 @@ def _write_part(
     tokenizer.save(folder)
     mine = names[part[0] - 1 :: part[1]]
     wanted = [name for name in mine if finished_shard(folder / f"{name}.bin", tokenizer) is None]
-    write_shards(text, wanted, tokenizer, folder, workers, progress)
+    if wanted:
+        write(text, wanted, tokenizer, folder, workers, progress)
     if not all((folder / f"{name}.bin").exists() for name in names):
         return False
     splits = {split: Shards([folder / f"{name}.bin" for name in text.division.names(split)]) for split in SPLITS}
@@ -150,13 +155,20 @@ def _write_part(
 
 
 def write_shards(
-    text: Text, wanted: list[str], tokenizer: Tokenizer, folder: Path, workers: int, progress: Callable[[str], object]
+    text: Text,
+    wanted: list[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int | None,
+    progress: Callable[[str], object],
 ) -> None:
     """Tokenise the documents of these shards, each of which is there for good as soon as it is whole.
 
     Raises:
         DataError: the source is no longer what it was, or has a character that the tokenizer has never seen.
     """
+    if workers is None:
+        workers = (os.cpu_count() or 1) if text.found.bytes >= _WORTH_WORKERS else 1
     writers: dict[str, ShardWriter] = {}
     done = 0
     with ExitStack() as unfinished:
