@@ -275,6 +275,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         into=data,
     )
     inspect.add_argument("path", metavar="DIR")
+    inspect.add_argument("--tokenizer", help="of token files that others made: gpt2 or a folder")
+    inspect.add_argument(
+        "--seq-len", type=int, default=128, metavar="N", help="tokens in a sample (default: %(default)s)"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
     tokenizer = subparsers.add_parser("tokenizer", help="make a tokenizer").add_subparsers(

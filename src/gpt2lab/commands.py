@@ -260,11 +260,20 @@ def data_prepare(arguments: argparse.Namespace) -> None:
 
 
 def data_inspect(arguments: argparse.Namespace) -> None:
+    from gpt2lab.config import DataConfig
     from gpt2lab.data.doctor.advice import as_dict, describe
     from gpt2lab.data.doctor.inspect import inspect
-    from gpt2lab.data.prepared import open_prepared
+    from gpt2lab.data.foreign import find_foreign, prepared_by_others
+    from gpt2lab.data.prepared import open_prepared, refuse_other_tokenizer
 
-    findings = inspect(open_prepared(Path(arguments.path)))
+    if arguments.seq_len < 1:
+        raise ConfigError("bad number", where="--seq-len", cause="a sample has tokens", fix="such as 1024")
+    if files := find_foreign(DataConfig(source=arguments.path)):
+        prepared = prepared_by_others(files, arguments.tokenizer)
+    else:
+        prepared = open_prepared(Path(arguments.path))
+        refuse_other_tokenizer(prepared, arguments.tokenizer)
+    findings = inspect(prepared, seq_len=arguments.seq_len)
     if arguments.json:
         _print_json(as_dict(findings))
     else:

@@ -16,8 +16,8 @@ from gpt2lab import checkpoint
 from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
-from gpt2lab.data.prepare import prepare
-from gpt2lab.data.prepared import Prepared, open_prepared
+from gpt2lab.data.prepare import open_again, prepare
+from gpt2lab.data.prepared import Prepared
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import CheckpointError, DataError
 from gpt2lab.folder import (
@@ -173,7 +173,7 @@ def listen(ranks: Ranks) -> Opening:
     config = build_config(parse_recipe(told["recipe"], "the main process"))
     resolved = ResolvedConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
     folder, tokenizer = Path(told["text"]), Tokenizer.from_json(told["tokenizer"])
-    data = open_prepared(folder) if folder.is_dir() else None
+    data = open_again(resolved.data, tokenizer, folder)
     if data is None or data.train.fingerprint != told["fingerprint"]:
         data = ranks.one_here_first(lambda: prepare(resolved.data, tokenizer), "text")
     if data.train.fingerprint != told["fingerprint"]:

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from gpt2lab.config import DataConfig
+from gpt2lab.data.foreign import find_foreign, prepared_by_others
 from gpt2lab.data.prepared import SUMMARY, Prepared, open_prepared, refuse_other_tokenizer
 from gpt2lab.data.shard_format import MAGIC
 from gpt2lab.data.shard_writer import ShardWriter, finished_shard
@@ -46,21 +47,35 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Pa
     Args:
         tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone. None: that of
             prepared shards, else bytes.
-        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer.
+        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer. Token files
+            of others are used where they lie.
 
     Raises:
         DataError: the text cannot be used. ConfigError: no such tokenizer.
     """
-    if os.path.isfile(os.path.join(config.source, SUMMARY)) and folder is None:
+    if _is_shards(config) and folder is None:
         prepared = open_prepared(Path(config.source))
         if config.validation is not None:
             cause = f"{config.source} is prepared text, which brings its own"
             raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
         refuse_other_tokenizer(prepared, tokenizer)
         return prepared
+    if folder is None and (files := find_foreign(config)) is not None:
+        return prepared_by_others(files, tokenizer)
     whole = prepare_part(config, tokenizer, folder)
     assert whole is not None  # there is but one part
     return whole
+
+
+def open_again(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Prepared | None:
+    """What `prepare` gave another process, which says in which folder it lies; None: it is not on this machine.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if folder.is_dir() and not _is_shards(config) and (files := find_foreign(config)) is not None:
+        return prepared_by_others(files, tokenizer)
+    return open_prepared(folder) if folder.is_dir() else None
 
 
 def prepare_part(
@@ -86,9 +101,12 @@ def prepare_part(
     Raises:
         DataError, ConfigError: as in `prepare`.
     """
-    if os.path.isfile(os.path.join(config.source, SUMMARY)):
+    if _is_shards(config):
         fix = "train from it as it is, with data.source"
         raise DataError("already prepared", where=config.source, cause="it is a folder of shards", fix=fix)
+    if find_foreign(config) is not None:
+        fix = "train from them as they are, with data.source and a tokenizer"
+        raise DataError("already prepared", where=config.source, cause="these are token files", fix=fix)
     tokenizer = tokenizer or "bytes"
     if isinstance(tokenizer, str) and not is_learned(tokenizer):
         tokenizer = open_tokenizer(tokenizer)
@@ -194,6 +212,11 @@ def _learn(kind: str, text: Text) -> Tokenizer:
     splits = SPLITS if kind == "chars" else SPLITS[:1]
     names = [name for split in splits for name in text.division.names(split)]
     return open_tokenizer(kind, (piece.text for piece in cut_safely(text.parts(names))))
+
+
+def _is_shards(config: DataConfig) -> bool:
+    """Whether a source is a prepared folder."""
+    return os.path.isfile(os.path.join(config.source, SUMMARY))
 
 
 def _is_prepared(folder: Path, key: str) -> bool:
