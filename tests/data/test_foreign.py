@@ -23,6 +23,7 @@ from gpt2lab.recipe import load_config
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.tracking import Console
 from gpt2lab.train import train
+from tests.forked import fork_command
 
 BYTES = Tokenizer.bytes()
 END = BYTES.end_of_text
@@ -295,3 +296,6 @@ def test_a_recipe_trains_from_them_to_the_same_losses(tmp_path: Path) -> None:
         losses[folder] = [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows]
     assert losses["ours"] == losses["theirs"] != losses["others"]
     assert [step for step, *pair in losses["ours"] if None not in pair] == [2, 4]
+    shared = [*flags, f"--data.source={tmp_path / 'theirs'}", f"--out={tmp_path / 'shared'}"]
+    with fork_command(2, ["train", *shared], tmp_path) as ranks:  # the second one is told where they lie
+        assert ranks.wait() == [0, 0], ranks.everything_said
