@@ -144,7 +144,7 @@ class DataConfig:
 
     source: str = "python-docs"
     """python-docs (the prose and source of this Python installation), tinyshakespeare, a file, a folder, a pattern such as
-    "books/*.jsonl.zst", - for standard input, or prepared shards."""
+    "books/*.jsonl.zst", - for standard input, prepared shards, or token files of nanoGPT and llm.c."""
     fields: tuple[str, ...] = ()
     """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
     on_fault: Literal["skip", "stop"] = "skip"

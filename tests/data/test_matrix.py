@@ -1,4 +1,4 @@
-"""Nothing but the text decides the shards; and shards that change under a run end it."""
+"""No byte of a folder is lost, nothing but the text decides the shards, and shards that change under a run end it."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,9 +15,37 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2lab.config import DataConfig
+from gpt2lab.data import text as text_module
 from gpt2lab.data.prepare import prepare
+from gpt2lab.errors import DataError
+from gpt2lab.recipe import load_config
+from gpt2lab.settle import settle
+from gpt2lab.tokenizer import Tokenizer
+from tests.data import nasties
 from tests.forked import Forked, fork_command
 from tests.test_train import tree
+
+BYTES = Tokenizer.bytes()
+
+# --- Every byte -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_nasty_files_is_accounted_for_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in one preparation, but those that want fields of their own; so many faults are refused otherwise."""
+    monkeypatch.setattr(text_module, "MOST_FAULTS", 1.0)
+    (folder := tmp_path / "files").mkdir()
+    files = [nasty for nasty in nasties.write(folder) if not nasty.fields]
+    for path in set(folder.iterdir()) - {folder / nasty.name for nasty in files}:
+        path.unlink()
+    assert len(files) >= 60
+    prepared = prepare(DataConfig(source=str(folder)), "bytes", folder=tmp_path / "p")
+    account = prepared.account
+    assert account["bytes_in"] == sum(nasty.bytes_in for nasty in files)
+    assert account["bytes_in"] == account["bytes_tokenised"] + account["bytes_skipped"]
+    assert account["bytes_skipped"] == sum(account["skipped_by_reason"].values()) > 10**6
+    counted = [split.read(0, len(split)) for split in (prepared.train, prepared.validation)]
+    assert account["bytes_tokenised"] == sum(int((ids != BYTES.end_of_text).sum()) for ids in counted)
+
 
 # --- The same shards --------------------------------------------------------------------------------------------------
 
@@ -158,3 +187,12 @@ def test_shards_that_change_during_training_end_it(change: Callable[[Path], None
         assert ranks.wait() == [3]
         [line] = [line for line in ranks.said(0).splitlines() if line.startswith("gpt2lab: ")]
     assert line.startswith(f"gpt2lab: damaged shard ({shards / 'train-00000.bin'}") and "Fix: remove" in line
+
+
+def test_a_text_without_validation_text_is_refused(tmp_path: Path) -> None:
+    """Control: a character more, and there are two tokens to validate on."""
+    for size, enough in ((9, False), (10, True)):
+        (tmp_path / "a.txt").write_text("a" * size)
+        config = load_config([], [f"--data.source={tmp_path / 'a.txt'}", "--seq_len=4", "--batch_tokens=4"])
+        with nullcontext() if enough else pytest.raises(DataError, match="nothing is left to validate on"):
+            settle(config)
