@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -190,9 +191,10 @@ def test_shards_that_change_during_training_end_it(change: Callable[[Path], None
 
 
 def test_a_text_without_validation_text_is_refused(tmp_path: Path) -> None:
-    """Control: a character more, and there are two tokens to validate on."""
-    for size, enough in ((9, False), (10, True)):
-        (tmp_path / "a.txt").write_text("a" * size)
-        config = load_config([], [f"--data.source={tmp_path / 'a.txt'}", "--seq_len=4", "--batch_tokens=4"])
+    """Token files of others, since of a text a tenth is held out. Control: one token more is enough."""
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    for size, enough in ((1, False), (2, True)):
+        np.arange(size, dtype="<u2").tofile(tmp_path / "val.bin")
+        words = [f"--data.source={tmp_path}", "--tokenizer=bytes", "--seq_len=4", "--batch_tokens=4"]
         with nullcontext() if enough else pytest.raises(DataError, match="nothing is left to validate on"):
-            settle(config)
+            settle(load_config([], words))
