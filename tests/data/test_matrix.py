@@ -185,7 +185,7 @@ def test_shards_that_change_during_training_end_it(change: Callable[[Path], None
         if change is touched:
             wait_for_rows(tmp_path / "run", (tmp_path / "run" / "metrics.jsonl").read_bytes().count(b"\n") + 20, ranks)
             return
-        assert ranks.wait() == [3]
+        assert ranks.wait(30) == [3]
         [line] = [line for line in ranks.said(0).splitlines() if line.startswith("gpt2lab: ")]
     assert line.startswith(f"gpt2lab: damaged shard ({shards / 'train-00000.bin'}") and "Fix: remove" in line
 

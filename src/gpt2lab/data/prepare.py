@@ -119,11 +119,11 @@ def prepare_part(
         with _alone_at(aside, part):
             if not _is_prepared(folder, key):  # by a process that was alone before
                 _claim(aside, key, part)
-                if not _write_part(text, tokenizer, key, aside, part, workers, progress, write or write_shards):
-                    return None
                 try:
+                    if not _write_part(text, tokenizer, key, aside, part, workers, progress, write or write_shards):
+                        return None
                     put_in_place(aside, folder)
-                except FileNotFoundError:  # another part, on another machine, was the last as well
+                except (FileNotFoundError, DataError):  # another part, on another machine, was the last as well
                     if not _is_prepared(folder, key):
                         raise
     return open_prepared(folder)
@@ -165,6 +165,8 @@ def _write_part(
         return False
     splits = {split: Shards([folder / f"{name}.bin" for name in text.division.names(split)]) for split in SPLITS}
     if sum(shards.bytes for shards in splits.values()) != text.found.bytes:
+        for name in names:  # which of them hold the changed text is not known
+            (folder / f"{name}.bin").unlink()
         raise changed("some place")
     listed = {split: [asdict(header) for header in shards.headers] for split, shards in splits.items()}
     write_whole(folder / SUMMARY, json.dumps({"key": key, "account": _account(text.found), **listed}, indent=1))

@@ -97,7 +97,8 @@ def write_some(names: str, config: str, fingerprint: str, place: str, folder: st
             raise DataError("texts differ", where="data.source", cause=cause, fix="copy the text to every machine")
         tokenizer = Tokenizer.load(aside)
         missing = [name for name in names.split() if finished_shard(aside / f"{name}.bin", tokenizer) is None]
-        prepare.write_shards(text, missing, tokenizer, aside, 1, lambda words: None)
+        if missing:
+            prepare.write_shards(text, missing, tokenizer, aside, 1, lambda words: None)
     except Exception as error:
         if (ours := as_lab_error(error)) is None:
             raise
