@@ -5,8 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -79,18 +80,18 @@ def write_files(folder: Path, *, reverse: bool, last: str = "the end") -> Path:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> dict[str, Path]:
+def places() -> Iterator[dict[str, Path]]:
     """The same files in two folders that list them in two orders; where /tmp orders by itself, memory does not."""
-    for place in (tmp_path, Path("/dev/shm", tmp_path.name)):  # noqa: S108
-        place.mkdir(exist_ok=True)
-        found = {order: write_files(place / order, reverse=order == "reversed") for order in ("sorted", "reversed")}
-        first, second = map(os.listdir, found.values())
-        if first != second:
-            assert sorted(first) == sorted(second)
-            break
-    else:
-        pytest.fail("no file system at hand lists files in the order in which they were made")
-    return found
+    for root in (tempfile.gettempdir(), "/dev/shm"):  # noqa: S108
+        with tempfile.TemporaryDirectory(dir=root) as place:
+            orders = ("sorted", "reversed")
+            found = {order: write_files(Path(place, order), reverse=order == "reversed") for order in orders}
+            first, second = map(os.listdir, found.values())
+            if first != second:
+                assert sorted(first) == sorted(second)
+                yield found
+                return
+    pytest.fail("no file system at hand lists files in the order in which they were made")
 
 
 def test_workers_orders_locales_hash_seeds_and_time_zones_change_nothing(
@@ -124,8 +125,6 @@ def test_workers_orders_locales_hash_seeds_and_time_zones_change_nothing(
     *same, changed = map(tree, outs)
     assert all(shards == same[0] for shards in same)
     assert changed.keys() == same[0].keys() and changed != same[0]
-    if not places["sorted"].is_relative_to(tmp_path):
-        shutil.rmtree(places["sorted"].parent)
 
 
 # --- Shards that change under a run -----------------------------------------------------------------------------------
