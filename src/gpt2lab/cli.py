@@ -260,6 +260,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--part", default="1/1", metavar="I/N", help="one of N parts that machines share out; they may use one folder"
     )
     prepare.add_argument(
+        "--engine",
+        choices=("here", "ray"),
+        default="here",
+        help="who tokenises: this machine, or a Ray cluster (default: %(default)s)",
+    )
+    prepare.add_argument(
         "--tokenizer", default="bytes", help="bytes, chars, bpe:N, gpt2 or a folder (default: %(default)s)"
     )
     prepare.add_argument("--json", action="store_true", help="print one JSON object")
@@ -270,6 +276,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         into=data,
     )
     inspect.add_argument("path", metavar="DIR")
+    inspect.add_argument("--tokenizer", help="of token files that others made: gpt2 or a folder")
+    inspect.add_argument(
+        "--seq-len", type=int, default=128, metavar="N", help="tokens in a sample (default: %(default)s)"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
     tokenizer = subparsers.add_parser("tokenizer", help="make a tokenizer").add_subparsers(

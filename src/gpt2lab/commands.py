@@ -9,10 +9,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2lab.config import to_dict
+from gpt2lab.errors import ConfigError
 from gpt2lab.recipe import load_config
 
 
@@ -233,8 +235,11 @@ def bench(arguments: argparse.Namespace) -> None:
 
 def data_prepare(arguments: argparse.Namespace) -> None:
     from gpt2lab.config import DataConfig
-    from gpt2lab.data.prepare import parse_part, prepare_part
+    from gpt2lab.data.prepare import Write, parse_part, prepare_part
 
+    if arguments.workers is not None and arguments.workers < 1:
+        cause = f"{arguments.workers} processes would do nothing"
+        raise ConfigError("bad number", where="--workers", cause=cause, fix="such as 2, or leave it out")
     config = DataConfig(
         source=tuple(arguments.source),
         validation=arguments.validation,
@@ -242,7 +247,12 @@ def data_prepare(arguments: argparse.Namespace) -> None:
         on_fault=arguments.on_fault,
     )
     out, part = Path(arguments.out), parse_part(arguments.part)
-    prepared = prepare_part(config, arguments.tokenizer, out, part, arguments.workers, console().progress)
+    write: Write | None = None
+    if arguments.engine == "ray":
+        from gpt2lab.data import ray_engine
+
+        write = partial(ray_engine.write_shards, config)
+    prepared = prepare_part(config, arguments.tokenizer, out, part, arguments.workers, console().progress, write)
     if prepared is None:
         print(f"part {arguments.part} is done, in {out}.part; whoever does the last part finishes {out}")
     else:
@@ -250,11 +260,20 @@ def data_prepare(arguments: argparse.Namespace) -> None:
 
 
 def data_inspect(arguments: argparse.Namespace) -> None:
+    from gpt2lab.config import DataConfig
     from gpt2lab.data.doctor.advice import as_dict, describe
     from gpt2lab.data.doctor.inspect import inspect
-    from gpt2lab.data.prepared import open_prepared
+    from gpt2lab.data.foreign import find_foreign, prepared_by_others
+    from gpt2lab.data.prepared import open_prepared, refuse_other_tokenizer
 
-    findings = inspect(open_prepared(Path(arguments.path)))
+    if arguments.seq_len < 1:
+        raise ConfigError("bad number", where="--seq-len", cause="a sample has tokens", fix="such as 1024")
+    if files := find_foreign(DataConfig(source=arguments.path)):
+        prepared = prepared_by_others(files, arguments.tokenizer)
+    else:
+        prepared = open_prepared(Path(arguments.path))
+        refuse_other_tokenizer(prepared, arguments.tokenizer)
+    findings = inspect(prepared, seq_len=arguments.seq_len)
     if arguments.json:
         _print_json(as_dict(findings))
     else:

@@ -156,7 +156,7 @@ class DataConfig:
     source: Sources = "python-docs"
     """python-docs (the prose and source of this Python installation), tinyshakespeare, a file, a folder, a pattern such as
     "books/*.jsonl.zst", an http(s) address, a data set on the Hub such as hf:roneneldan/TinyStories, - for standard input,
-    or prepared shards; or a list of them, for all their texts, one after the other."""
+    prepared shards, or token files of nanoGPT and llm.c; or a list of them, for all their texts, one after the other."""
     fields: tuple[str, ...] = ()
     """The columns or keys that hold the text, in tables and JSON: one, or a prompt's and its response's. Empty: guessed."""
     on_fault: Literal["skip", "stop"] = "skip"

@@ -17,7 +17,7 @@ from gpt2lab.checkpoint import Checkpoint
 from gpt2lab.config import ResolvedConfig, RunConfig, to_yaml
 from gpt2lab.data.batches import Batches
 from gpt2lab.data.packing import Documents
-from gpt2lab.data.prepare import prepare
+from gpt2lab.data.prepare import open_again, prepare
 from gpt2lab.data.prepared import Prepared, open_prepared
 from gpt2lab.data.sources import described
 from gpt2lab.data.stream.blocks import Block
@@ -191,9 +191,11 @@ def listen(ranks: Ranks) -> Opening:
     config = build_config(parse_recipe(told["recipe"], "the main process"))
     resolved = ResolvedConfig(**{item.name: getattr(config, item.name) for item in fields(config)})
     folder, tokenizer = Path(told["text"]), Tokenizer.from_json(told["tokenizer"])
-    data: Prepared | StreamedText | None = open_prepared(folder) if folder.is_dir() else None
-    if data is not None and resolved.data.stream:
-        data = StreamedText(resolved.data, folder, tokenizer, data.validation, told["files"])
+    data: Prepared | StreamedText | None
+    if resolved.data.stream and folder.is_dir():
+        data = StreamedText(resolved.data, folder, tokenizer, open_prepared(folder).validation, told["files"])
+    else:
+        data = open_again(resolved.data, tokenizer, folder)
     if data is None or data.fingerprint != told["fingerprint"]:
         open_text = open_stream if resolved.data.stream else prepare
         data = ranks.one_here_first(lambda: open_text(resolved.data, tokenizer), "text")

@@ -2,6 +2,7 @@
 
 import array
 import hashlib
+import json
 import os
 import re
 import struct
@@ -13,10 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt2lab.config import DataConfig
 from gpt2lab.data.foreign import open_foreign, token_bytes
+from gpt2lab.data.prepare import prepare
 from gpt2lab.data.shard_writer import ShardWriter
-from gpt2lab.errors import DataError
+from gpt2lab.errors import ConfigError, DataError
+from gpt2lab.recipe import load_config
 from gpt2lab.tokenizer import Tokenizer
+from gpt2lab.tracking import Console
+from gpt2lab.train import train
+from tests.forked import fork_command
 
 BYTES = Tokenizer.bytes()
 END = BYTES.end_of_text
@@ -192,3 +199,103 @@ def test_a_file_that_changes_while_it_is_in_use_is_refused(change: str, tmp_path
     again = nanogpt(tmp_path / "b.bin", documents(TEXTS, separator_first=False))
     shards = open_foreign([again], BYTES)
     assert hashlib.sha256(shards.read(0, len(shards)).tobytes()).hexdigest() == digest
+
+
+# --- As a source ------------------------------------------------------------------------------------------------------
+
+
+LONG = TEXTS * 20
+
+
+def lengths(config: DataConfig) -> tuple[int, int]:
+    prepared = prepare(config, "bytes")
+    return len(prepared.train), len(prepared.validation)
+
+
+def test_files_are_found_by_their_names(tmp_path: Path) -> None:
+    """Each split has another length, so that a mistake shows."""
+    ids = documents(LONG, separator_first=True)
+    for folder in ("nanogpt", "llmc", "one"):
+        (tmp_path / folder).mkdir()
+    nanogpt(tmp_path / "nanogpt" / "train.bin", ids[:5000])
+    nanogpt(tmp_path / "nanogpt" / "val.bin", ids[:300])
+    (tmp_path / "nanogpt" / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch pickled'\ntR.")
+    for name, size in (("fineweb_train_000002", 700), ("fineweb_train_000001", 2000), ("fineweb_val_000000", 400)):
+        llmc(tmp_path / "llmc" / f"{name}.bin", ids[:size])
+    llmc(tmp_path / "one" / "tiny_shakespeare_train.bin", ids[:1005])
+    by_name = {
+        "nanogpt": (5000, 300),
+        "nanogpt/*.bin": (5000, 300),
+        "nanogpt/train.bin": (4500, 500),
+        "llmc": (2700, 400),
+        "llmc/*_train_*.bin": (2430, 270),
+        "one": (904, 101),
+    }
+    for source, expected in by_name.items():
+        assert lengths(DataConfig(source=str(tmp_path / source))) == expected
+    both = DataConfig(source=str(tmp_path / "llmc"), validation=str(tmp_path / "nanogpt" / "val.bin"))
+    assert lengths(both) == (2700, 300)
+    in_order = prepare(DataConfig(source=str(tmp_path / "llmc")), "bytes").train
+    assert in_order.read(0, 2700).tolist() == ids[:2000] + ids[:700] != ids[:700] + ids[:2000]
+    assert not (tmp_path / "here" / "pickled").exists()
+
+
+@pytest.mark.parametrize("written", [nanogpt, llmc])
+def test_the_last_tenth_is_held_out(written: Callable[[Path, list[int]], Path], tmp_path: Path) -> None:
+    ids = documents(LONG, separator_first=True)
+    files = [
+        written(tmp_path / f"{name}.bin", part) for name, part in (("a", ids[:11]), ("b", ids[11:-7]), ("c", ids[-7:]))
+    ]
+    prepared = prepare(DataConfig(source=str(tmp_path / "?.bin")), "bytes")
+    cut = len(ids) * 9 // 10
+    for split, expected in ((prepared.train, ids[:cut]), (prepared.validation, ids[cut:])):
+        assert split.read(0, len(split)).tolist() == expected
+        texts = b"".join(bytes(split.read(*span).tolist()) for span in split.document_spans(END))
+        assert texts == bytes(i for i in expected if i != END) and split.bytes == len(texts)
+    assert prepared.train.fingerprint != prepared.validation.fingerprint
+    files[1].write_bytes(files[1].read_bytes()[:-2] + b"\0\0")
+    with pytest.raises(DataError, match=r"b\.bin\): it was changed while it was in use"):
+        prepared.validation.read(0, 1)
+
+
+def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
+    ids = documents(LONG, separator_first=False)
+    source = DataConfig(source=str(nanogpt(tmp_path / "train.bin", ids)))
+    for tokenizer in (None, "chars", "bpe:300"):
+        with pytest.raises(ConfigError, match=r"does not say what made it\. Fix: give --tokenizer=gpt2"):
+            prepare(source, tokenizer)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match="two kinds of text"):
+        prepare(DataConfig(source=source.source, validation=str(tmp_path / "a.txt")), "bytes")
+    with pytest.raises(DataError, match=r"already prepared .*: these are token files"):
+        prepare(source, "bytes", folder=tmp_path / "p")
+    (tmp_path / "text.bin").write_text("It is text, whatever its name is.\n" * 9)
+    assert lengths(DataConfig(source=str(tmp_path / "text.bin"))) == (276, 32)
+
+
+def test_a_recipe_trains_from_them_to_the_same_losses(tmp_path: Path) -> None:
+    """nanoGPT's files, and shards of ours with the same ids; control: ids in another order."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LONG if text))
+    ours = prepare(DataConfig(source=str(tmp_path / "a.jsonl")), "bytes", folder=tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "others").mkdir()
+    for name, split in (("train", ours.train), ("val", ours.validation)):
+        ids = split.read(0, len(split)).tolist()
+        nanogpt(tmp_path / "theirs" / f"{name}.bin", ids)
+        nanogpt(tmp_path / "others" / f"{name}.bin", ids[::-1])
+    losses = {}
+    for folder in ("ours", "theirs", "others"):
+        recipe = {
+            "data.source": str(tmp_path / folder), "tokenizer": "bytes", "out": str(tmp_path / f"run-{folder}"),
+            "steps": 4, "seq_len": 16, "micro_batch": 2, "batch_tokens": 64, "validate_every": 2,
+            "model.embed_dim": 16, "model.num_heads": 2, "model.num_layers": 1, "system.device": "cpu",
+        }  # fmt: skip
+        flags = [f"--{key}={value}" for key, value in recipe.items()]
+        run = train(load_config([], flags), Console(quiet=True))
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses[folder] = [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows]
+    assert losses["ours"] == losses["theirs"] != losses["others"]
+    assert [step for step, *pair in losses["ours"] if None not in pair] == [2, 4]
+    shared = [*flags, f"--data.source={tmp_path / 'theirs'}", f"--out={tmp_path / 'shared'}"]
+    with fork_command(2, ["train", *shared], tmp_path) as ranks:  # the second one is told where they lie
+        assert ranks.wait() == [0, 0], ranks.everything_said

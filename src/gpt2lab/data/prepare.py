@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from gpt2lab.config import DataConfig
+from gpt2lab.data.foreign import find_foreign, prepared_by_others
 from gpt2lab.data.prepared import SUMMARY, Prepared, open_prepared, refuse_other_tokenizer
 from gpt2lab.data.shard_format import MAGIC
 from gpt2lab.data.shard_writer import ShardWriter, finished_shard
@@ -36,6 +37,9 @@ MOST_PARTS = 10_000
 _WORTH_WORKERS = 2**22
 """Bytes of text from which on other processes are worth their start."""
 
+Write = Callable[[Text, list[str], Tokenizer, Path, int | None, Callable[[str], object]], None]
+"""What makes these shards of a text, as `write_shards` does."""
+
 
 def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Path | None = None) -> Prepared:
     """The text of a recipe as shards: found where they were prepared before, or prepared now.
@@ -43,21 +47,35 @@ def prepare(config: DataConfig, tokenizer: str | Tokenizer | None, *, folder: Pa
     Args:
         tokenizer: itself, or as in a recipe; one that is trained learns from the training split alone. None: that of
             prepared shards, else bytes.
-        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer.
+        folder: where to put the shards; None: the user's cache, under a name that is a hash of text and tokenizer. Token files
+            of others are used where they lie.
 
     Raises:
         DataError: the text cannot be used. ConfigError: no such tokenizer.
     """
-    if len(config.sources) == 1 and _prepared_in(config) and folder is None:
+    if len(config.sources) == 1 and prepared_in(config) and folder is None:
         prepared = open_prepared(Path(config.sources[0]))
         if config.validation is not None:
             cause = f"{config.sources[0]} is prepared text, which brings its own"
             raise DataError("two validation texts", where="data.validation", cause=cause, fix="leave it out")
         refuse_other_tokenizer(prepared, tokenizer)
         return prepared
+    if folder is None and (files := find_foreign(config)) is not None:
+        return prepared_by_others(files, tokenizer)
     whole = prepare_part(config, tokenizer, folder)
     assert whole is not None  # there is but one part
     return whole
+
+
+def open_again(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Prepared | None:
+    """What `prepare` gave another process, which says in which folder it lies; None: it is not on this machine.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if folder.is_dir() and not prepared_in(config) and (files := find_foreign(config)) is not None:
+        return prepared_by_others(files, tokenizer)
+    return open_prepared(folder) if folder.is_dir() else None
 
 
 def prepare_part(
@@ -67,6 +85,7 @@ def prepare_part(
     part: tuple[int, int] = (1, 1),
     workers: int | None = None,
     progress: Callable[[str], object] = lambda text: None,
+    write: Write | None = None,
 ) -> Prepared | None:
     """Write every n-th shard of a text, from the i-th on; whoever finds all shards there finishes the folder.
 
@@ -74,6 +93,7 @@ def prepare_part(
         part: i and n; i counts from 1.
         workers: processes that tokenise; None: one a core, where there is enough to do.
         progress: is told how far it is, often.
+        write: who tokenises; None: `write_shards`, on this machine.
 
     Returns:
         None while shards of other parts are missing.
@@ -81,15 +101,16 @@ def prepare_part(
     Raises:
         DataError, ConfigError: as in `prepare`.
     """
-    for source in _prepared_in(config):
+    for source in prepared_in(config):
         fix = "train from it as it is, with data.source, and from nothing else"
         raise DataError("already prepared", where=source, cause="it is a folder of shards", fix=fix)
+    if find_foreign(config) is not None:
+        fix = "train from them as they are, with data.source and a tokenizer"
+        raise DataError("already prepared", where=config.sources[0], cause="these are token files", fix=fix)
     tokenizer = tokenizer or "bytes"
     if isinstance(tokenizer, str) and not is_learned(tokenizer):
         tokenizer = open_tokenizer(tokenizer)
     text = read_text(config)
-    if workers is None:
-        workers = (os.cpu_count() or 1) if text.found.bytes >= _WORTH_WORKERS else 1
     key = _key(text, tokenizer)
     folder = folder or cache_folder() / "prepared" / key
     if not _is_prepared(folder, key):
@@ -98,17 +119,17 @@ def prepare_part(
         with _alone_at(aside, part):
             if not _is_prepared(folder, key):  # by a process that was alone before
                 _claim(aside, key, part)
-                if not _write_part(text, tokenizer, key, aside, part, workers, progress):
-                    return None
                 try:
+                    if not _write_part(text, tokenizer, key, aside, part, workers, progress, write or write_shards):
+                        return None
                     put_in_place(aside, folder)
-                except FileNotFoundError:  # another part, on another machine, was the last as well
+                except (FileNotFoundError, DataError):  # another part, on another machine, was the last as well
                     if not _is_prepared(folder, key):
                         raise
     return open_prepared(folder)
 
 
-def _prepared_in(config: DataConfig) -> list[str]:
+def prepared_in(config: DataConfig) -> list[str]:
     """Those of its sources that are prepared folders."""
     return [source for source in config.sources if os.path.isfile(os.path.join(source, SUMMARY))]
 
@@ -132,8 +153,9 @@ def _write_part(
     key: str,
     folder: Path,
     part: tuple[int, int],
-    workers: int,
+    workers: int | None,
     progress: Callable[[str], object],
+    write: Write,
 ) -> bool:
     """Write the shards of a part that are not there yet; when none of any part is missing, also what closes the folder."""
     names = [name for split in SPLITS for name in text.division.names(split)]
@@ -142,11 +164,14 @@ def _write_part(
     tokenizer.save(folder)
     mine = names[part[0] - 1 :: part[1]]
     wanted = [name for name in mine if finished_shard(folder / f"{name}.bin", tokenizer) is None]
-    write_shards(text, wanted, tokenizer, folder, workers, progress)
+    if wanted:
+        write(text, wanted, tokenizer, folder, workers, progress)
     if not all((folder / f"{name}.bin").exists() for name in names):
         return False
     splits = {split: Shards([folder / f"{name}.bin" for name in text.division.names(split)]) for split in SPLITS}
     if sum(shards.bytes for shards in splits.values()) != text.found.bytes:
+        for name in names:  # which of them hold the changed text is not known
+            (folder / f"{name}.bin").unlink()
         raise changed("some place")
     listed = {split: [asdict(header) for header in shards.headers] for split, shards in splits.items()}
     write_whole(folder / SUMMARY, json.dumps({"key": key, "account": _account(text.found), **listed}, indent=1))
@@ -155,13 +180,20 @@ def _write_part(
 
 
 def write_shards(
-    text: Text, wanted: list[str], tokenizer: Tokenizer, folder: Path, workers: int, progress: Callable[[str], object]
+    text: Text,
+    wanted: list[str],
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int | None,
+    progress: Callable[[str], object],
 ) -> None:
     """Tokenise the documents of these shards, each of which is there for good as soon as it is whole.
 
     Raises:
         DataError: the source is no longer what it was, or has a character that the tokenizer has never seen.
     """
+    if workers is None:
+        workers = (os.cpu_count() or 1) if text.found.bytes >= _WORTH_WORKERS else 1
     writers: dict[str, ShardWriter] = {}
     done = 0
     with ExitStack() as unfinished:

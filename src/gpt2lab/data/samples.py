@@ -47,7 +47,7 @@ class Samples(ABC):
         """What a person should be told of the source, and was not yet."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, most have nothing to do
         """Let go of what brings the text: no more of it is needed."""
 
 

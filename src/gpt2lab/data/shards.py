@@ -223,6 +223,11 @@ class Shards:
         if start < len(self) or (self.separator_first and start):
             yield start, len(self) - start
 
+    @property
+    def fix(self) -> str:
+        """What to do when a file of them cannot be used."""
+        return self._files[0].fix
+
     def damage(self) -> Iterator[DataError]:
         """Everything that is wrong with the files, after reading all of them."""
         for file in self._files:

@@ -42,7 +42,7 @@ def problems(findings: Findings) -> list[Problem]:
 
 def _unreadable(findings: Findings) -> Iterator[Problem]:
     """What does not fit together."""
-    again = f"remove {findings.prepared.folder} and prepare the text again"
+    again = findings.prepared.train.fix
     for name, split in findings.splits.items():
         said = getattr(findings.prepared, name)
         if split.errors:
@@ -201,6 +201,8 @@ def _text_lines(findings: Findings) -> list[str]:
 
 def _account_lines(findings: Findings) -> list[str]:
     account = findings.prepared.account
+    if "bytes_in" not in account:
+        return ["prepared by others, who wrote down neither the text nor what they left out"]
     figures = [f"{account[name]:,}" for name in ("bytes_in", "bytes_tokenised", "bytes_skipped")]
     lines = ["when it was prepared", "  {} bytes in = {} tokenised + {} skipped".format(*figures)]
     return lines + [f"  {size:>15,} skipped: {reason}" for reason, size in account["skipped_by_reason"].items()]

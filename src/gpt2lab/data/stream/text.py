@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.config import DataConfig
+from gpt2lab.data.foreign import find_foreign
+from gpt2lab.data.prepare import prepared_in
 from gpt2lab.data.prepared import SUMMARY, open_prepared
 from gpt2lab.data.records import Piece
 from gpt2lab.data.shard_format import MAGIC
 from gpt2lab.data.shards import Shards
-from gpt2lab.data.sources import SourceFile, no_text, source_files
+from gpt2lab.data.sources import STDIN, SourceFile, no_text, source_files
 from gpt2lab.data.stream.held_out import hold_out
 from gpt2lab.data.stream.producer import Job, identities
 from gpt2lab.data.stream.reading import Account, Reader, documents
-from gpt2lab.errors import ConfigError
+from gpt2lab.errors import ConfigError, DataError
 from gpt2lab.paths import cache_folder
 from gpt2lab.tokenizer import Tokenizer, is_learned, open_tokenizer
 
@@ -78,6 +80,9 @@ def open_stream(config: DataConfig, tokenizer: str | Tokenizer | None) -> Stream
             fix = "make it from a part of it, with `gpt2lab tokenizer train`, and give its folder"
             raise ConfigError("no tokenizer yet", where="tokenizer", cause=cause, fix=fix)
         tokenizer = open_tokenizer(tokenizer)
+    if prepared_in(config) or find_foreign(config) or STDIN in config.sources:
+        cause = "what is prepared is at hand as it is, and standard input cannot be read again"
+        raise DataError("no source of a stream", where="data.source", cause=cause, fix="leave out data.stream")
     files = source_files(config.source, config.fields)
     held_from = source_files(config.validation, config.fields) if config.validation is not None else files
     tokens = config.validation_tokens or (None if config.validation is not None else VALIDATION_TOKENS)
