@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -122,7 +123,7 @@ def test_killed_at_any_step_and_gone_on_with_on_one_and_two_processes_it_reads_t
 def test_without_its_blocks_and_without_its_journal_it_goes_on_all_the_same(place: Path) -> None:
     run_streamed(place)
     whole = [row["loss"] for row in rows(place / "run")[1:]]
-    for lost in ([], ["stream"], ["stream", "stream.jsonl"]):
+    for lost in (["stream"], ["stream", "stream.jsonl"]):
         stop = Witness(17, terminate)
         values = STREAM | {"data.source": str(place / "texts"), "out": str(place / "again")}
         with pytest.raises(Interrupted):
@@ -150,21 +151,23 @@ def test_a_finished_run_leaves_its_journal_and_no_blocks(place: Path) -> None:
 
 def test_a_step_is_replayed_and_the_held_out_text_is_scored(place: Path) -> None:
     folder = run_streamed(place)
-    command = [sys.executable, "-m", "gpt2lab"]
-    done = subprocess.run([*command, "replay", str(folder), "--step", "22"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([*command, "eval", str(folder), "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loss = json.loads(done.stdout)["tasks"]["perplexity"]["loss"]
+    with fork_command(1, ["replay", "run", "--step", "22"], place) as replayed:
+        assert replayed.wait() == [0], replayed.said(0)
+    with fork_command(1, ["eval", "run", "--json"], place) as scored:
+        assert scored.wait() == [0], scored.said(0)
+        loss = json.loads(scored.said(0))["tasks"]["perplexity"]["loss"]
     assert abs(loss - [row["val_loss"] for row in read_rows(folder / "metrics.jsonl") if "val_loss" in row][-1]) < 1e-4
 
 
 # --- What breaks ------------------------------------------------------------------------------------------------------
 
 
-WEB = {"batch_tokens": 16384, "micro_batch": 512, "data.window_tokens": 16384, "data.validation_tokens": 500}
-"""Forty steps read one file of 600 kB, and a part of the next."""
-TEXT = sentences(30_000).encode()[:600_000]
+WEB: dict[str, Any] = {
+    "steps": 20, "batch_tokens": 16384, "micro_batch": 512, "data.window_tokens": 16384, "data.validation_tokens": 500,
+    "model.embed_dim": 8, "model.num_heads": 1, "model.num_layers": 1,
+}  # fmt: skip
+"""Twenty steps read a file of 300 kB, and a part of the next."""
+TEXT = sentences(20_000).encode()[:300_000]
 
 
 def losses(folder: Path) -> list[float]:
@@ -176,16 +179,9 @@ def test_a_server_that_fails_now_and_then_changes_nothing(tmp_path: Path) -> Non
         sources = [web.url, web.url.replace("a.txt", "b.txt")]
         calm = run_streamed(tmp_path, **WEB | {"data.source": sources, "out": str(tmp_path / "calm")})
         asked = len(web.asked)
-        web.faults = [
-            {"cut": 70_000},
-            {"status": 503},
-            {"drop": 1},
-            {"cut": 1},
-            {"short": 5_000},
-            {"no ranges": 1, "cut": 200_000},
-        ] * 4
+        web.faults = [{"cut": 70_000}, {"status": 503}, {"drop": 1}, {"cut": 1}, {"no ranges": 1, "cut": 100_000}]
         rough = run_streamed(tmp_path, **WEB | {"data.source": sources, "out": str(tmp_path / "rough")})
-        assert losses(rough) == losses(calm) and not web.faults and len(web.asked) - asked > 20
+        assert losses(rough) == losses(calm) and not web.faults and len(web.asked) - asked > 5
 
 
 def test_a_server_that_is_gone_ends_the_run_with_all_that_was_learned(tmp_path: Path) -> None:
@@ -205,10 +201,14 @@ def test_a_server_that_is_gone_ends_the_run_with_all_that_was_learned(tmp_path: 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_while_the_text_is_waited_for_stops_with_all_that_was_learned(tmp_path: Path, processes: int) -> None:
-    with serving(TEXT, "/a.txt") as web:
-        web.always = {"stall": 1, "cut": 330_000}
-        values = STREAM | WEB | {"data.source": web.url, "checkpoint_every": 0, "micro_batch": 256}
+def test_a_signal_while_the_text_is_waited_for_stops_with_all_that_was_learned(
+    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "60")  # the seconds that a silent server is waited for
+    with serving(TEXT * 10, "/a.txt") as web:
+        web.always = {"stall": 1, "cut": 2_500_000}  # a text is read a megabyte at a time, and one ahead
+        large = {"batch_tokens": 65536, "data.window_tokens": 65536, "micro_batch": 1024, "checkpoint_every": 0}
+        values = STREAM | WEB | large | {"data.source": web.url, "steps": 40}
         with fork_command(processes, ["train", *flags(values)], tmp_path) as ranks:
             log = tmp_path / "run" / "metrics.jsonl"
             assert wait_until(lambda: log.exists() and len(rows(tmp_path / "run")) > 3, 60), ranks.everything_said
@@ -239,7 +239,6 @@ def _until_it_stands_still(folder: Path) -> None:
         ({"tokenizer": "chars"}, 2, "a stream is never read as a whole"),
         ({"data.source": "nowhere"}, 3, "nowhere"),
         ({"data.source": "hf:nobody/nothing"}, 3, "no Hub answers at http://127.0.0.1:1"),
-        ({"data.source": "http://127.0.0.1:1/a.txt"}, 3, "http://127.0.0.1:1/a.txt"),
     ],
 )
 def test_what_cannot_be_streamed_is_said_in_one_line(

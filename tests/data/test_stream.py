@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gpt2lab import tokenizer
 from gpt2lab.config import DataConfig
+from gpt2lab.data import tokenise
 from gpt2lab.data.sources import source_files
 from gpt2lab.data.stream import window as windows
 from gpt2lab.data.stream.blocks import Journal, write_blocks
@@ -36,6 +37,12 @@ from tests.forked import none_left, wait_until
 BYTES = Tokenizer.bytes()
 LENGTH = 64
 SEED = 5
+
+
+@pytest.fixture(autouse=True)
+def _read_little_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These texts are short: else the tokenizer would be given hundreds of epochs at once."""
+    monkeypatch.setattr(tokenise, "_BATCH", 500)
 
 
 def write_source(folder: Path) -> Path:
