@@ -36,12 +36,17 @@ STREAM: dict[str, Any] = SETTINGS | {
 """Four steps a block; a checkpoint every three."""
 
 
+def write_texts(folder: Path) -> None:
+    """Five texts, which are read more than once in forty steps."""
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(sentences(30, seed=number))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with five texts, which are read more than once in forty steps."""
-    (tmp_path / "texts").mkdir()
-    for number in range(5):
-        (tmp_path / "texts" / f"{number}.txt").write_text(sentences(30, seed=number))
+    """A folder with the texts."""
+    write_texts(tmp_path / "texts")
     return tmp_path
 
 
@@ -98,26 +103,27 @@ def run_streamed(place: Path, **changes: Any) -> Path:
 # --- Resumed ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_step_and_gone_on_with_on_one_and_two_processes_it_reads_the_same_samples(
-    place: Path, tmp_path: Path
-) -> None:
-    calm_rate = {"optim.learning_rate": 1e-4, "model.dropout": 0}  # so that rounding is not made larger
-    (tmp_path / "calm").mkdir()
-    (tmp_path / "calm" / "texts").symlink_to(place / "texts")
-    assert go(tmp_path / "calm", **calm_rate) == [0]
-    random = Random(7)
-    steps = sorted(random.sample(range(2, STEPS), 6))
-    for number, step in enumerate(steps):
+def killed_again_and_again(place: Path, kills: int) -> None:
+    """Kill a run so often, each time in another step, and go on with one and two processes in turn; compare with a calm one."""
+    calm = place / "calm"
+    calm.mkdir()
+    (calm / "texts").symlink_to(place / "texts")
+    small = {"optim.learning_rate": 1e-4, "model.dropout": 0}  # so that rounding is not made larger
+    assert go(calm, **small) == [0]
+    for number, step in enumerate(sorted(Random(7).sample(range(2, STEPS), kills))):
         processes = 1 + number % 2
-        codes = go(place, processes, at_step(processes - 1, step, die), **calm_rate)
+        codes = go(place, processes, at_step(processes - 1, step, die), **small)
         assert codes[processes - 1] == -signal.SIGKILL, codes
-        assert not any(place.glob("run/stream/*/problem.json"))
-    assert go(place, 2, **calm_rate) == [0, 0]
-    assert samples(place) == samples(tmp_path / "calm") and len(samples(place)) == 8 * STEPS
-    ours, calm = rows(place / "run"), rows(tmp_path / "calm" / "run")
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours[1:], calm[1:], strict=True)) < 1e-5
-    assert go(tmp_path / "calm", out="other", seed=2, **calm_rate) == [0]
-    assert rows(tmp_path / "calm" / "other")[5]["loss"] != calm[5]["loss"]
+    assert go(place, 2, **small) == [0, 0]
+    assert samples(place) == samples(calm) and len(samples(calm)) == 8 * STEPS
+    ours, theirs = rows(place / "run"), rows(calm / "run")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours[1:], theirs[1:], strict=True)) < 1e-5
+    assert go(calm, out="other", seed=2, **small) == [0]
+    assert rows(calm / "other")[5]["loss"] != theirs[5]["loss"]
+
+
+def test_killed_at_any_step_and_gone_on_with_on_one_and_two_processes_it_reads_the_same_samples(place: Path) -> None:
+    killed_again_and_again(place, 5)
 
 
 def test_without_its_blocks_and_without_its_journal_it_goes_on_all_the_same(place: Path) -> None:

@@ -15,7 +15,7 @@ from gpt2lab import checkpoint
 from gpt2lab.config import GPT2Config, RunConfig
 from gpt2lab.distributed import Ranks, join
 from gpt2lab.errors import Interrupted, LabError, is_out_of_memory
-from gpt2lab.evaluate.perplexity import Perplexity, shard_tokens
+from gpt2lab.evaluate.perplexity import Perplexity, held_out_passages
 from gpt2lab.evaluate.scoring import token_losses
 from gpt2lab.feed import await_text, remove_blocks
 from gpt2lab.folder import portable_recipe
@@ -247,13 +247,14 @@ def compare_replicas(run: Run) -> None:
 def validate(run: Run) -> dict[str, float]:
     """Loss and perplexity on the held-out text, and the memory that was needed so far; each process scores a share."""
     ranks, config = run.ranks, run.config
-    tokens, num_bytes = shard_tokens(run.data.validation, run.tokenizer, config.data.validation_tokens)
+    text = held_out_passages(run.data.validation, run.tokenizer, config.data.validation_tokens)
     losses = token_losses(
-        run.model, tokens, config.seq_len, borders=run.borders, rank=ranks.rank, world_size=ranks.world_size,
+        run.model, text.token_ids, config.seq_len, lengths=text.lengths, borders=run.borders,
+        rank=ranks.rank, world_size=ranks.world_size,
         on_batch=lambda: ranks.at(run.step, "validate"),
     )  # fmt: skip
     losses = ranks.sum(torch.from_numpy(losses)).numpy()
-    result = Perplexity.of(losses[run.data.validation.scored(0, len(losses))], num_bytes)
+    result = Perplexity.of(losses[text.scored], text.bytes)
     return {
         "val_loss": result.loss,
         "val_perplexity": result.perplexity,

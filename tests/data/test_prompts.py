@@ -16,6 +16,7 @@ from gpt2lab.data.prepared import Prepared
 from gpt2lab.data.samples import Contiguous
 from gpt2lab.data.shard_writer import ShardWriter
 from gpt2lab.data.shards import Shards
+from gpt2lab.evaluate.tasks import evaluate
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.loss import IGNORE
 from gpt2lab.recipe import load_config
@@ -23,6 +24,7 @@ from gpt2lab.seeds import generator_for
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.tracking import Console, read_rows
 from gpt2lab.train import train
+from gpt2lab.weights import open_model
 from tests.reference import assert_differ, assert_same
 from tests.test_train import flags
 
@@ -192,3 +194,8 @@ def test_the_validation_loss_is_that_of_the_responses(tmp_path: Path) -> None:
     answers = [loss for loss, answer in zip(losses, scored, strict=True) if answer]
     assert rows[0]["val_loss"] == pytest.approx(sum(answers) / len(answers), rel=1e-5)
     assert rows[0]["val_loss"] != pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    trained, tokenizer = open_model(str(tmp_path / "run"))
+    scored_again = evaluate(str(tmp_path / "run"), trained, tokenizer, ["perplexity"])["perplexity"]
+    assert scored_again["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-5) and scored_again["tokens"] == sum(
+        scored
+    )

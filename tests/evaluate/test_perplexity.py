@@ -15,7 +15,16 @@ from gpt2lab.config import DataConfig
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.sources import Document
 from gpt2lab.errors import ConfigError, DataError
-from gpt2lab.evaluate.perplexity import Perplexity, document_tokens, perplexity, shard_tokens, unigram_perplexity
+from gpt2lab.evaluate.perplexity import (
+    PASSAGE,
+    Passages,
+    Perplexity,
+    document_passages,
+    held_out_passages,
+    perplexity,
+    unigram_perplexity,
+)
+from gpt2lab.evaluate.scoring import token_losses
 from gpt2lab.evaluate.tasks import TASKS, evaluate
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
@@ -59,8 +68,9 @@ def their_perplexity(theirs: GPT2LMHeadModel, token_ids: np.ndarray, seq_len: in
 @pytest.mark.parametrize(("seq_len", "stride"), [(32, 32), (32, 8), (64, 64), (50, 1)])
 def test_perplexity_is_theirs(pair: tuple[GPT2, GPT2LMHeadModel], seq_len: int, stride: int) -> None:
     ours, theirs = pair
-    token_ids, num_bytes = document_tokens(DOCUMENTS, BYTES)
-    found = perplexity(ours, token_ids, num_bytes, seq_len, stride)
+    text = document_passages(DOCUMENTS, BYTES)
+    token_ids, num_bytes = text.token_ids, text.bytes
+    found = perplexity(ours, text, seq_len, stride)
     assert found.perplexity == pytest.approx(their_perplexity(theirs, token_ids, seq_len, stride), rel=1e-4)
     assert found.perplexity != pytest.approx(their_perplexity(theirs, token_ids, seq_len - 1, stride), rel=1e-3)
     assert found.tokens == len(token_ids) - 1 == num_bytes + 1
@@ -71,9 +81,9 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity(pair: t
     model = GPT2.from_config(pair[0].config)
     with torch.no_grad():
         model.token_embedding.weight.zero_()
-    token_ids, num_bytes = document_tokens(DOCUMENTS, BYTES)
-    assert perplexity(model, token_ids, num_bytes, 32).perplexity == pytest.approx(257, rel=1e-6)
-    assert perplexity(pair[0], token_ids, num_bytes, 32).perplexity > 300
+    text = document_passages(DOCUMENTS, BYTES)
+    assert perplexity(model, text, 32).perplexity == pytest.approx(257, rel=1e-6)
+    assert perplexity(pair[0], text, 32).perplexity > 300
 
 
 def test_bits_a_byte_by_hand() -> None:
@@ -92,8 +102,8 @@ def test_the_mean_is_over_tokens_and_a_hopeless_model_does_not_overflow() -> Non
 
 
 def test_each_document_begins_with_a_separator() -> None:
-    token_ids, num_bytes = document_tokens([Document("a", "é"), Document("b", "xy")], BYTES)
-    assert token_ids.tolist() == [256, *"é".encode(), 256, *b"xy"] and num_bytes == 4
+    text = document_passages([Document("a", "é"), Document("b", "xy")], BYTES)
+    assert text.token_ids.tolist() == [256, *"é".encode(), 256, *b"xy"] and text.bytes == 4 and text.scored.all()
 
 
 def test_shards_are_cut_at_the_limit_and_their_bytes_in_proportion(tmp_path: Path) -> None:
@@ -102,14 +112,11 @@ def test_shards_are_cut_at_the_limit_and_their_bytes_in_proportion(tmp_path: Pat
         (tmp_path / "text" / f"{name}.txt").write_text(text)
     config = DataConfig(source=f"{tmp_path}/text/[ab].txt", validation=f"{tmp_path}/text/v.txt")
     train = prepare(config, BYTES, folder=tmp_path / "p").train
-    token_ids, num_bytes = shard_tokens(train, BYTES, None)
-    assert token_ids.tolist() == [256, *b"abcdefghi", 256, *"ééééé".encode(), 256] and num_bytes == 19
-    token_ids, num_bytes = shard_tokens(train, BYTES, 7)
-    assert token_ids.tolist() == [256, *b"abcdefg"] and num_bytes == round(19 * 7 / 21)
-    assert shard_tokens(train, BYTES, 10**6)[1] == 19
-
-
-# --- Unigrams ---------------------------------------------------------------------------------------------------------
+    text = held_out_passages(train, BYTES, None)
+    assert text.token_ids.tolist() == [256, *b"abcdefghi", 256, *"ééééé".encode(), 256] and text.bytes == 19
+    text = held_out_passages(train, BYTES, 7)
+    assert text.token_ids.tolist() == [256, *b"abcdefg"] and text.bytes == round(19 * 7 / 21)
+    assert held_out_passages(train, BYTES, 10**6).bytes == 19
 
 
 class Tokens:
@@ -126,6 +133,47 @@ class Tokens:
         return self.ids[start : start + length]
 
 
+class Numbered(Tokens):
+    """A text in which every id is its own place, a prompt in the second hundred."""
+
+    bytes = 30_000
+
+    def __init__(self) -> None:
+        super().__init__(np.arange(20_000))
+
+    def scored(self, start: int, length: int) -> np.ndarray:
+        return self.ids[start : start + length] // 100 != 1
+
+
+def test_a_part_of_a_text_is_passages_from_all_over_it() -> None:
+    limit = 3 * PASSAGE - 2
+    text = held_out_passages(Numbered(), BYTES, limit)
+    passages = np.split(text.token_ids, np.cumsum(text.lengths)[:-1])
+    assert [passage[1] for passage in passages] == [0, (20_000 - limit) // 2 + limit // 3, 20_000 - PASSAGE]
+    assert passages[0][0] == BYTES.end_of_text and all((np.diff(passage[1:]) == 1).all() for passage in passages)
+    assert all(passage[0] == passage[1] - 1 for passage in passages[1:])
+    counted = np.append(False, text.scored)
+    assert not counted[np.cumsum((0, *text.lengths))[:-1]].any() and counted.sum() == limit - 100
+    assert text.bytes == round(30_000 * (limit - 100) / 20_000)
+
+
+def test_passages_are_scored_each_alone(pair: tuple[GPT2, GPT2LMHeadModel]) -> None:
+    ids = np.random.default_rng(0).integers(256, size=165)
+    lengths = (40, 100, 25)
+    ours = token_losses(pair[0], ids, 32, 8, lengths=lengths)
+    apart = [np.append(0, token_losses(pair[0], part, 32, 8)) for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    assert ours == pytest.approx(np.concatenate(apart)[1:], abs=1e-5)
+    assert token_losses(pair[0], ids, 32, 8) != pytest.approx(ours, abs=1e-2)
+
+
+# --- Unigrams ---------------------------------------------------------------------------------------------------------
+
+
+def whole(token_ids: np.ndarray) -> Passages:
+    """Ids as one passage."""
+    return Passages(token_ids, (len(token_ids),), np.ones(len(token_ids) - 1, bool), 1)
+
+
 def slow_unigram_perplexity(train: list[int], token_ids: list[int], vocab_size: int) -> float:
     counts = Counter(train)
     total = len(train) + vocab_size
@@ -137,14 +185,18 @@ def test_unigrams_by_hand(num_tokens: int) -> None:
     random = np.random.default_rng(0)
     train = np.append(random.integers(9, size=max(0, num_tokens - 1)), [3] * min(1, num_tokens))
     token_ids = random.integers(12, size=100)
-    ours = unigram_perplexity(Tokens(train.astype(np.int64)), token_ids, 12)
+    ours = unigram_perplexity(Tokens(train.astype(np.int64)), whole(token_ids), 12)
     assert ours == pytest.approx(slow_unigram_perplexity(train.tolist(), token_ids.tolist(), 12))
 
 
 def test_unigrams_do_not_score_the_first_token_and_know_the_text_they_read() -> None:
     train, ids = Tokens(np.array([0, 0, 0, 1])), np.array([0, 1, 0, 0])
-    assert unigram_perplexity(train, np.append(1, ids), 2) == unigram_perplexity(train, np.append(0, ids), 2)
-    assert unigram_perplexity(train, np.append(0, 1 - ids), 2) > unigram_perplexity(train, np.append(0, ids), 2)
+    assert unigram_perplexity(train, whole(np.append(1, ids)), 2) == unigram_perplexity(
+        train, whole(np.append(0, ids)), 2
+    )
+    assert unigram_perplexity(train, whole(np.append(0, 1 - ids)), 2) > unigram_perplexity(
+        train, whole(np.append(0, ids)), 2
+    )
 
 
 # --- The tasks of `gpt2lab eval` --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from gpt2lab.evaluate.scoring import token_losses
 from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
+
+PASSAGE = 4096
+"""Tokens of held-out text that are scored together, where not all are: the first of a few documents are a poor sample."""
 
 
 @dataclass(frozen=True)
@@ -41,38 +45,62 @@ class Perplexity:
         return cls(loss, math.exp(min(loss, 700.0)), bits, len(losses), num_bytes)
 
 
-def document_tokens(documents: list[Document], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """Documents as one sequence with a separator before each, and their bytes. The first separator is context, not scored."""
+@dataclass(frozen=True)
+class Passages:
+    """Text to score.
+
+    Attributes:
+        token_ids: one passage after the other; the first id of each is only context.
+        lengths: ids in each passage.
+        scored: of each id but the very first whether its loss counts: not that of a passage's first, nor of a prompt's.
+        bytes: of UTF-8 text behind what is scored; in proportion, where only a part of a text is.
+    """
+
+    token_ids: np.ndarray
+    lengths: tuple[int, ...]
+    scored: np.ndarray
+    bytes: int
+
+
+def document_passages(documents: list[Document], tokenizer: Tokenizer) -> Passages:
+    """Documents as one passage, with a separator before each."""
     separator = np.array([tokenizer.end_of_text], np.int32)
     encoded = tokenizer.encode_documents([document.text for document in documents])
-    parts = [part for ids in encoded for part in (separator, ids)]
-    return np.concatenate(parts), sum(len(document.text.encode()) for document in documents)
+    token_ids = np.concatenate([part for ids in encoded for part in (separator, ids)])
+    num_bytes = sum(len(document.text.encode()) for document in documents)
+    return Passages(token_ids, (len(token_ids),), np.ones(len(token_ids) - 1, bool), num_bytes)
 
 
-def shard_tokens(shards: Shards, tokenizer: Tokenizer, limit: int | None) -> tuple[np.ndarray, int]:
-    """The first `limit` tokens of prepared text with a separator before them, and their bytes (in proportion, where cut)."""
+def held_out_passages(shards: Shards, tokenizer: Tokenizer, limit: int | None) -> Passages:
+    """Prepared text as one passage; or, where it has more than `limit` tokens, passages from all over it, evenly apart."""
     count = min(len(shards), limit or len(shards))
-    tokens = np.append(np.int64(tokenizer.end_of_text), shards.read(0, count))
-    return tokens, round(shards.bytes * count / max(1, len(shards)))
+    passages = 1 if count == len(shards) else -(-count // PASSAGE)
+    ends = [count * number // passages for number in range(passages + 1)]
+    room = len(shards) - count
+    token_ids, scored = list[np.ndarray](), list[np.ndarray]()
+    for number, (first, end) in enumerate(pairwise(ends)):
+        start, length = first + room * number // max(1, passages - 1), end - first
+        before = shards.read(start - 1, 1) if start else np.array([tokenizer.end_of_text])
+        token_ids += [before, shards.read(start, length)]
+        scored += [np.array([False]), shards.scored(start, length)]
+    lengths = tuple(len(part) + 1 for part in token_ids[1::2])
+    counts = np.concatenate(scored)[1:]
+    num_bytes = round(shards.bytes * int(counts.sum()) / max(1, len(shards)))
+    return Passages(np.concatenate(token_ids), lengths, counts, num_bytes)
 
 
 def perplexity(
-    model: GPT2,
-    token_ids: np.ndarray,
-    num_bytes: int,
-    seq_len: int,
-    stride: int | None = None,
-    *,
-    borders: Borders | None = None,
+    model: GPT2, text: Passages, seq_len: int, stride: int | None = None, *, borders: Borders | None = None
 ) -> Perplexity:
-    """Score every token of `token_ids` but the first, which only serves as context, once."""
-    return Perplexity.of(token_losses(model, token_ids, seq_len, stride, borders=borders), num_bytes)
+    """How well a model predicts a text, each of its tokens once."""
+    losses = token_losses(model, text.token_ids, seq_len, stride, lengths=text.lengths, borders=borders)
+    return Perplexity.of(losses[text.scored], text.bytes)
 
 
-def unigram_perplexity(train: Shards, token_ids: np.ndarray, vocab_size: int) -> float:
-    """Perplexity of a model that knows only how often each token occurs in `train` (add-one), on `token_ids` but the first."""
+def unigram_perplexity(train: Shards, text: Passages, vocab_size: int) -> float:
+    """Perplexity of a model that knows only how often each token occurs in `train` (add-one)."""
     counts = np.ones(vocab_size)
     for start in range(0, len(train), 1 << 22):
         ids = train.read(start, min(1 << 22, len(train) - start))
         counts += np.bincount(ids, minlength=vocab_size)
-    return float(np.exp(-np.log(counts / counts.sum())[token_ids[1:]].mean()))
+    return float(np.exp(-np.log(counts / counts.sum())[text.token_ids[1:][text.scored]].mean()))

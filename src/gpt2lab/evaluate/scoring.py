@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ def token_losses(
     seq_len: int,
     stride: int | None = None,
     *,
+    lengths: Sequence[int] | None = None,
     borders: Borders | None = None,
     batch_size: int | None = None,
     rank: int = 0,
@@ -48,6 +50,8 @@ def token_losses(
     Args:
         seq_len: tokens in a window.
         stride: tokens from window to window; None: seq_len, the cheapest; 1: the most context for every token.
+        lengths: ids in each passage of the text, none of which a window reaches across; the first id of each is only
+            context, and its own loss is 0. None: the text is one passage.
         borders: what documents' borders mean to the model; None: nothing. The text is cut as ever, and a window that begins
             inside a document sees what is left of it.
         batch_size: windows in a forward pass; None: what keeps the logits small.
@@ -56,7 +60,12 @@ def token_losses(
     """
     stride = stride or seq_len
     batch_size = batch_size or max(1, _LOGIT_NUMBERS // (seq_len * model.vocab_size))
-    cuts = list(windows(len(token_ids), seq_len, stride))
+    lengths = lengths or [len(token_ids)]
+    cuts = [
+        (end - length + start, count, done)
+        for end, length in zip(accumulate(lengths), lengths, strict=True)
+        for start, count, done in windows(length, seq_len, stride)
+    ]
     losses = np.zeros(max(0, len(token_ids) - 1))
     was_training = model.training
     model.eval()

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gpt2lab.checkpoint import CONFIG
 from gpt2lab.data.prepare import prepare
 from gpt2lab.data.sources import read_documents
 from gpt2lab.data.stream.text import open_stream
 from gpt2lab.errors import ConfigError
-from gpt2lab.evaluate.perplexity import document_tokens, perplexity, shard_tokens
+from gpt2lab.evaluate.perplexity import Passages, document_passages, held_out_passages, perplexity
 from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.recipe import build_config, read_recipe
@@ -23,24 +21,21 @@ from gpt2lab.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated on what: token ids (the first is only context) and the bytes of text behind them.
+    """What is evaluated on what.
 
     Attributes:
         borders: what documents' borders mean to the model, as in its training; None: nothing.
     """
 
     model: GPT2
-    token_ids: np.ndarray
-    num_bytes: int
+    text: Passages
     seq_len: int
     stride: int | None
     borders: Borders | None = None
 
 
 def _perplexity(subject: Subject) -> dict[str, Any]:
-    found = perplexity(
-        subject.model, subject.token_ids, subject.num_bytes, subject.seq_len, subject.stride, borders=subject.borders
-    )
+    found = perplexity(subject.model, subject.text, subject.seq_len, subject.stride, borders=subject.borders)
     return asdict(found)
 
 
@@ -78,17 +73,17 @@ def evaluate(
             "out of range", where="--stride", cause=f"{stride}, with a context of {seq_len}", fix=f"1 to {seq_len}"
         )
     if data is not None:
-        token_ids, num_bytes = document_tokens(read_documents(data), tokenizer)
+        text = document_passages(read_documents(data), tokenizer)
     elif run is not None:
         open_text = open_stream if run.data.stream else prepare
         prepared = open_text(run.data, run.tokenizer or tokenizer)
         if prepared.tokenizer.fingerprint != tokenizer.fingerprint:  # learned from a text that has changed since
             prepared = open_text(run.data, tokenizer)
-        token_ids, num_bytes = shard_tokens(prepared.validation, tokenizer, run.data.validation_tokens)
+        text = held_out_passages(prepared.validation, tokenizer, run.data.validation_tokens)
     else:
         raise ConfigError("no text", where=name, cause="this model has no held-out text of its own", fix="--data=FILE")
     borders = None
     if run is not None:
         borders = Borders(tokenizer.end_of_text, run.data.attend_across, run.data.restart_positions)
-    subject = Subject(model, token_ids, num_bytes, seq_len, stride, borders)
+    subject = Subject(model, text, seq_len, stride, borders)
     return {task: TASKS[task](subject) for task in tasks}

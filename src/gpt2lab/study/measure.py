@@ -12,7 +12,7 @@ import torch
 
 from gpt2lab.data.prepared import Prepared
 from gpt2lab.distributed import alone
-from gpt2lab.evaluate.perplexity import shard_tokens, unigram_perplexity
+from gpt2lab.evaluate.perplexity import held_out_passages, unigram_perplexity
 from gpt2lab.evaluate.scoring import losses_by_position
 from gpt2lab.generation import generate
 from gpt2lab.run import Run, set_up
@@ -59,10 +59,10 @@ def measure(rows: list[Row], prompt: str, console: Console) -> tuple[list[Measur
     """Measure trained rows; also the perplexity of a unigram model on the same held-out text."""
     quiet = Console(quiet=True)
     runs = [set_up(row.config, quiet, alone(row.config)) for row in rows]
-    tokens, _ = shard_tokens(runs[0].data.validation, runs[0].tokenizer, runs[0].config.data.validation_tokens)
+    text = held_out_passages(runs[0].data.validation, runs[0].tokenizer, runs[0].config.data.validation_tokens)
     data = runs[0].data
     assert isinstance(data, Prepared)  # the rows of a study do not stream
-    unigram = unigram_perplexity(data.train, tokens, runs[0].tokenizer.vocab_size)
+    unigram = unigram_perplexity(data.train, text, runs[0].tokenizer.vocab_size)
     measured = []
     console.say("measuring: loss by position, samples, cache")
     described = [_describe(run, prompt) for run in runs]
