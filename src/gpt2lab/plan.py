@@ -167,7 +167,7 @@ def _smaller(config: ResolvedConfig, world_size: int) -> Iterator[tuple[str, Res
             yield f"--micro_batch={count}", replace(config, micro_batch=count)
     if not system.activation_checkpointing:
         checkpointing = replace(config, system=replace(system, activation_checkpointing=True))
-        yield "--system.activation_checkpointing", checkpointing
+        yield "--system.activation_checkpointing=true", checkpointing
     if world_size > 1 and choose_strategy(config.system.strategy, world_size) != "fsdp":
         yield "--system.strategy=fsdp", replace(config, system=replace(system, strategy="fsdp"))
     seq_len = config.seq_len

@@ -290,7 +290,8 @@ def introduce(run: Run, derived: list[Derived]) -> None:
     exact = ", exact" if config.system.exact else ""
     say(f"run      {run.folder} on {describe_machine(run.ranks.device)}, {config.system.precision}{shared}{exact}")
     if isinstance(run.data, StreamedText):
-        learn = f"streamed from {len(run.data.files):,} files, in blocks of {config.data.window_tokens:,} tokens"
+        files = f"{len(run.data.files):,} files" if len(run.data.files) > 1 else "one file"
+        learn = f"streamed from {files}, in blocks of {config.data.window_tokens:,} tokens"
     else:
         learn = f"{len(run.data.train):,} tokens to learn from"
     say(f"text     {described(config.data.source)}: {learn}, {len(run.data.validation):,} held out")

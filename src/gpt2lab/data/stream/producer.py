@@ -68,7 +68,7 @@ def refuse_other_files(now: Sequence[Sequence[str]], before: Sequence[Sequence[s
     )
     if changes:
         cause = f"{changes[0]}, and so it may not be the text that was learned from"
-        fix = "put back what it was, or start another run with another --out"
+        fix = "put back what it was (on the Hub: hf:NAME@COMMIT), or start another run with another --out"
         raise DataError("the source changed", where="data.source", cause=cause, fix=fix)
 
 
