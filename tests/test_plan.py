@@ -5,8 +5,8 @@ import functools
 from typing import Any
 
 import pytest
-import yaml
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
