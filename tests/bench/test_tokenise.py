@@ -90,8 +90,9 @@ def test_settings_that_cannot_work(settings: TokeniseBench, tmp_path: Path, monk
         ({"rounds": 0}, ConfigError, "--rounds=0"),
         ({"processes": 1}, ConfigError, "--processes=1"),
         ({"files": ()}, ConfigError, "no local folder of books"),
+        ({"files": settings.files[:1]}, ConfigError, "too few files"),
         ({"files": ("nothing.txt",)}, ConfigError, "nothing.txt is no file"),
-        ({"files": ("broken.gz",)}, DataError, "unreadable text"),
+        ({"files": ("broken.gz", "broken.gz")}, DataError, "unreadable text"),
         ({"tokenizer": str(tmp_path)}, ConfigError, "its tokens are not made of merges"),
     ):
         with pytest.raises(error, match=sentence):

@@ -1,7 +1,8 @@
 """How fast does text become ids? Ours, and `datasets.map` with tiktoken and with tokenizers: same files, as many processes.
 
-Each way reads the text from its files and leaves the ids on the disk, in a folder of its own that is new in every turn.
-All must give the same ids. They take turns, for machines are shared and their speed drifts.
+Each way reads the text from its files and leaves the ids on the disk, in a folder of its own that is new in every turn: ours as
+shards to train from, theirs as Arrow files. All must give the same ids. They take turns, for machines are shared and their
+speed drifts.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from gpt2lab.bench.timing import (
     strangers_cpu_seconds,
     write_result,
 )
-from gpt2lab.data.records import Piece
-from gpt2lab.data.tokenise import tokenise
+from gpt2lab.config import DataConfig
+from gpt2lab.data.prepare import prepare_part
 from gpt2lab.errors import ConfigError, DataError, ProcessError
 from gpt2lab.folder import check_folder
 from gpt2lab.paths import local_copy
@@ -112,6 +113,8 @@ def _files(settings: TokeniseBench) -> list[Path]:
     if missing or not files:
         cause = f"{missing} is no file" if missing else "no files are given, and there is no local folder of books"
         raise ConfigError("nothing to tokenise", where="--files", cause=cause, fix="--files book.txt other.txt.gz")
+    if len(files) < 2:
+        raise ConfigError("too few files", where="--files", cause="there is one", fix="--files book.txt other.txt.gz")
     return files
 
 
@@ -161,15 +164,14 @@ def read(file: Path) -> str:
 
 
 def with_ours(files: list[Path], tokenizer: Tokenizer, processes: int, folder: Path) -> Callable[[], np.ndarray]:
-    """Write the ids of all files into one; what is returned reads them back, without what we put between documents."""
-    out = folder / "ids.bin"
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    with out.open("wb") as file:
-        for tokens in tokenise((Piece(str(path), read(path), last=True) for path in files), tokenizer, processes):
-            file.write(tokens.ids.astype(dtype).tobytes())
+    """Prepare the files as for training: read twice, accounted for, hashed; what is returned reads back the ids of texts."""
+    *train, last = map(str, files)  # held out whole, so that no document is cut
+    config = DataConfig(source=tuple(train), validation=last)
+    prepared = prepare_part(config, tokenizer, folder / "shards", workers=processes)
+    assert prepared is not None
 
     def read_back() -> np.ndarray:
-        ids = np.fromfile(out, dtype)
+        ids = np.concatenate([shards.read(0, len(shards)) for shards in (prepared.train, prepared.validation)])
         return ids[ids != tokenizer.end_of_text]
 
     return read_back

@@ -62,8 +62,13 @@ class Window:
         Raises:
             LabError: it will never be.
         """
+        if self._is_here(number):
+            return True
         with suppress(FileNotFoundError):
             raise from_dict(json.loads((self.folder / _PROBLEM).read_text()))
+        return False
+
+    def _is_here(self, number: int) -> bool:
         return block_path(self.folder, number).exists()
 
     def where(self, number: int) -> str:
@@ -97,6 +102,15 @@ class Bringer(Window):
 
     def has(self, number: int) -> bool:
         """Whether a block is there; if not, it is on its way."""
+        if not (self.folder / _PROBLEM).exists():
+            self._keep_going(number)
+        return super().has(number)
+
+    def _is_here(self, number: int) -> bool:
+        return number in self._seen
+
+    def _keep_going(self, number: int) -> None:
+        """Have the blocks brought up to that one and some after it."""
         self._needed = max(self._needed, number)
         if self._process is None:
             self._start(number)
@@ -106,7 +120,6 @@ class Bringer(Window):
             self._wanted = number + AHEAD
             self._ask()
             self._remove_old()
-        return super().has(number) and number in self._seen
 
     def where(self, number: int) -> str:
         """The file that a block begins in."""
@@ -163,9 +176,7 @@ class Bringer(Window):
         self._ask()
 
     def _start_again(self, number: int) -> None:
-        """After a producer has died, or has said why it cannot go on."""
-        if (self.folder / _PROBLEM).exists():
-            return
+        """After a producer has died."""
         code, self._deaths = self._end(), self._deaths + 1
         if self._deaths < ATTEMPTS:
             self._start(number)
