@@ -1,6 +1,7 @@
 """For all tests: shapes are checked, hypothesis draws the same cases every time, runs have a place, data may be absent."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
 assert "gpt2lab" not in sys.modules, "gpt2lab was imported before the hook that checks its shapes"
 jaxtyping.install_import_hook("gpt2lab", "tests.conftest.check_shapes")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell put all of this into the background
 torch.set_num_threads(1)  # these models are too small to share out, and one thread sums in one order
 settings.register_profile("lab", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("lab")
