@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -73,7 +73,7 @@ class RemoteFile:
         said = [*self._versions.values()][:1] + [str(self.length)] * (self.length is not None)
         return " ".join(said)
 
-    def chunks(self, at: int) -> Iterator[bytes]:
+    def chunks(self, at: int) -> Generator[bytes]:
         """Its content from byte `at` on, in chunks, as one answer gives it."""
         headers = self._headers() | {"Accept-Encoding": "identity"}
         if at:
@@ -153,7 +153,7 @@ class _RemoteStream(io.RawIOBase):
 
     def __init__(self, file: RemoteFile) -> None:
         self._file, self._at = file, 0
-        self._chunks: Iterator[bytes] | None = None
+        self._chunks: Generator[bytes] | None = None
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -196,7 +196,7 @@ class _RemoteStream(io.RawIOBase):
         """End the answer: the next bytes are asked for anew."""
         chunks, self._chunks = self._chunks, None
         if chunks is not None:
-            chunks.close()  # type: ignore[attr-defined]
+            chunks.close()
 
 
 def shown(url: str) -> str:
