@@ -89,7 +89,9 @@ def refuse_other_tokenizer(prepared: Prepared, tokenizer: str | Tokenizer | None
         differs = named.fingerprint != made_with.fingerprint
     if differs:
         cause = f"these shards were made with another tokenizer, of {made_with.vocab_size} tokens"
-        raise DataError("tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave it out, with --tokenizer=null")
+        raise DataError(
+            "tokenizers differ", where=str(prepared.folder), cause=cause, fix="leave it out, with --tokenizer=null"
+        )
 
 
 def _account_of(listed: dict[str, list[ShardHeader]]) -> dict[str, Any]:
