@@ -57,16 +57,16 @@ def unchecked_shapes() -> Iterator[None]:
 @pytest.fixture
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The window of every attention that went block by block since the test began."""
-    from gpt2lab.model import attention
+    from gpt2lab.model import attend
 
     windows: list[int] = []
-    in_blocks = attention._attend_in_blocks
+    in_blocks = attend._attend_in_blocks
 
     def noted(q: Tensor, k: Tensor, v: Tensor, earlier: int, window: int, *others: Any) -> Tensor:
         windows.append(window)
         return in_blocks(q, k, v, earlier, window, *others)
 
-    monkeypatch.setattr(attention, "_attend_in_blocks", noted)
+    monkeypatch.setattr(attend, "_attend_in_blocks", noted)
     return windows
 
 

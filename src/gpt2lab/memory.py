@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from gpt2lab.config import GPT2Config, ResolvedConfig
-from gpt2lab.model.attention import SMALLEST_BLOCK
+from gpt2lab.model.attend import SMALLEST_BLOCK
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.strategy import choose_strategy
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2lab.model.activation import ACTIVATIONS
-from gpt2lab.model.attention import attend
+from gpt2lab.model.attend import attend
 from gpt2lab.model.borders import Borders
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.moe import GroupedLinear, MoE, Routing

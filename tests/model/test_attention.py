@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt2lab.config import GPT2Config
-from gpt2lab.model import attention
-from gpt2lab.model.attention import SMALLEST_BLOCK, GroupQueryAttention, attend, visible
+from gpt2lab.model.attend import SMALLEST_BLOCK, attend, visible
+from gpt2lab.model.attention import GroupQueryAttention
 from tests import reference
 from tests.reference import assert_differ, assert_same, planted_faults
 
@@ -303,4 +303,4 @@ def test_the_paths_meet_at_the_length_where_blocks_begin(in_blocks: list[int]) -
     square = attend(q[:, :, :128], k[:, :, :128], v[:, :, :128], window=7)
     assert in_blocks == []
     assert_same(attend(q, k, v, window=7)[:, :, :128], square, within=1e-13)
-    assert in_blocks == [7] and attention.SMALLEST_BLOCK == 64
+    assert in_blocks == [7] and SMALLEST_BLOCK == 64

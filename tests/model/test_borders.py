@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2lab.model.attention import SMALLEST_BLOCK, attend, visible
+from gpt2lab.model.attend import SMALLEST_BLOCK, attend, visible
 from gpt2lab.model.borders import Borders, places_in_documents
 from gpt2lab.model.gpt2 import GPT2
 from tests import reference

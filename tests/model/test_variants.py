@@ -19,7 +19,8 @@ from torch import Tensor
 
 from gpt2lab.config import GPT2_VOCAB_SIZE, PRESETS, GPT2Config
 from gpt2lab.model import attention
-from gpt2lab.model.attention import SMALLEST_BLOCK, GroupQueryAttention
+from gpt2lab.model.attend import SMALLEST_BLOCK
+from gpt2lab.model.attention import GroupQueryAttention
 from gpt2lab.model.cache import ROLLBACK, Cache
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.rope import RotaryEmbedding

@@ -37,7 +37,7 @@ from gpt2lab.bench.timing import (
 )
 from gpt2lab.errors import ConfigError, ProcessError
 from gpt2lab.folder import check_folder
-from gpt2lab.model.attention import attend
+from gpt2lab.model.attend import attend
 from gpt2lab.system import keep_freed_memory, peak_memory_bytes
 from gpt2lab.tracking import Console
 

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gpt2lab.model.attention import GroupQueryAttention
-from gpt2lab.model.cache import KVCache
+from gpt2lab.model.cache import KVCache, LayerSideBySide
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import MoE, Routing
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch time embed"],
         positions: Int[Tensor, "*each time"],
-        cache: KVCache | None = None,
+        cache: KVCache | LayerSideBySide | None = None,
         routing: Routing | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:

@@ -15,7 +15,7 @@ from gpt2lab.config import GPT2_VOCAB_SIZE, GPT2Config
 from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.attention import GroupQueryAttention
 from gpt2lab.model.block import Block
-from gpt2lab.model.cache import Cache, KVCache
+from gpt2lab.model.cache import Cache, KVCache, SideBySide, WindowCache
 from gpt2lab.model.loss import token_losses
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import MoE, Routing
@@ -146,10 +146,11 @@ class GPT2(nn.Module):
         token_ids: Int[Tensor, "batch time"],
         targets: Int[Tensor, "batch time"] | None = None,
         *,
-        cache: Cache | None = None,
+        cache: Cache | SideBySide | None = None,
         routing: Routing | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
+        wanted: Int[Tensor, " place"] | None = None,
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch time"]:
         """Logits for the token after each one; or, with `targets`, each target's loss in nats.
 
@@ -159,6 +160,7 @@ class GPT2(nn.Module):
             routing: is told what the routers of a model with experts decide.
             positions: where each token stands, from 0 and below `time`; None: one after the other.
             reach: how many tokens each may see at most, itself included; None: all before it. A layer's window holds, too.
+            wanted: the places in `time` whose logits are asked for; None: all.
 
         Raises:
             ValueError: a position beyond what a model with learned positions has; `positions` or `reach` with a cache, which
@@ -166,9 +168,12 @@ class GPT2(nn.Module):
         """
         if cache is not None and not (positions is None and reach is None):
             raise ValueError("positions and reach are for texts that are read at once, without a cache")
-        start = cache.length if cache is not None else 0
-        length = start + token_ids.shape[1]
-        places = torch.arange(start, length, device=token_ids.device) if positions is None else positions
+        time = token_ids.shape[1]
+        length = time if cache is None else cache.length_after(time)
+        places = positions
+        if places is None:
+            here = token_ids.device
+            places = torch.arange(time, device=here) if cache is None else cache.places(time, here)
         x = self.token_embedding(token_ids)
         if self.position_embedding is not None:
             if length > self.max_seq_len:
@@ -178,6 +183,8 @@ class GPT2(nn.Module):
         layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
         for block, layer_cache in zip(self.layers, layer_caches, strict=True):
             x = block(x, places, layer_cache, routing, reach)
+        if wanted is not None:
+            x = x[:, wanted]
         # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
         logits = nn.functional.linear(self.final_norm(x), self.head_weight)[..., : self.vocab_size]
         if self.config.logit_softcap is not None:
@@ -185,11 +192,14 @@ class GPT2(nn.Module):
         return logits if targets is None else token_losses(logits, targets)
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> Cache:
-        """An empty cache for sequences of up to `capacity` tokens. `dtype` is that of the weights unless given."""
+        """An empty cache for sequences of up to `capacity` tokens. `dtype` is that of the weights unless given.
+
+        A layer with a window keeps what its window needs and no more.
+        """
         weight = self.token_embedding.weight
         return Cache(
             [
-                KVCache(
+                (KVCache if block.attn.window is None else WindowCache)(
                     batch_size,
                     block.attn.num_kv_heads,
                     block.attn.head_dim,
