@@ -16,7 +16,7 @@ from gpt2lab.data.samples import check_length
 from gpt2lab.data.stream.text import StreamedText, open_stream
 from gpt2lab.distributed import Ranks
 from gpt2lab.errors import ConfigError, DataError
-from gpt2lab.generation.decode import check_prompt
+from gpt2lab.generation.texts import check_prompt
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.plan import Derived, Plan, explain, make_plan, memory_bytes, resolve
 from gpt2lab.rendezvous import place

@@ -1,6 +1,8 @@
 """Text from a model."""
 
-from gpt2lab.generation.decode import Sample, decode, generate
+from gpt2lab.generation.engine import Engine
+from gpt2lab.generation.samples import Sample, generate
 from gpt2lab.generation.sampling import Sampler
+from gpt2lab.generation.texts import Request
 
-__all__ = ["Sample", "Sampler", "decode", "generate"]
+__all__ = ["Engine", "Request", "Sample", "Sampler", "generate"]

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt2lab.errors import ConfigError
 from gpt2lab.seeds import derive
 
+BANNED = -1
 Logits = Float[Tensor, "batch vocab"]
 Probabilities = Float[Tensor, "batch vocab"]
 
@@ -60,7 +61,20 @@ class Sampler:
                 where = f"--{name.replace('_', '-')}"
                 raise ConfigError("out of range", where=where, cause=f"{value} is no {name}", fix=fix)
 
-    def probabilities(self, logits: Logits) -> Probabilities:
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6
+
+    @property
+    def needs_seen(self) -> bool:
+        return False
+
+    def choose(self, logits: Logits, numbers, seen=None):
+        if self.greedy:
+            return logits.argmax(-1)
+        return draw(self.probabilities(logits), numbers)
+
+    def probabilities(self, logits: Logits, seen=None) -> Probabilities:
         """The distribution the next token is drawn from, in float64; one-hot at temperature 0."""
         logits = logits.double()
         if self.temperature < 1e-6:  # colder than float64 can divide by: the limit, which takes the first of equals
@@ -85,3 +99,7 @@ def uniforms(seed: int, samples: range, position: int) -> Float[Tensor, " batch"
     return torch.tensor(
         [np.random.default_rng(derive(seed, "sample", s, position)).random() for s in samples], dtype=torch.float64
     )
+
+
+def log_probabilities(logits, chosen, top):
+    return []

@@ -151,7 +151,7 @@ class GPT2(nn.Module):
         positions: Int[Tensor, "batch time"] | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
         wanted: Int[Tensor, " place"] | None = None,
-    ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch time"]:
+    ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch place vocab"] | Float[Tensor, "batch time"]:
         """Logits for the token after each one; or, with `targets`, each target's loss in nats.
 
         Args:

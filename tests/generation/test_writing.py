@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gpt2lab.errors import ConfigError, DataError, LabError
-from gpt2lab.generation import Sample, Sampler, decode, generate
+from gpt2lab.generation import Engine, Request, Sample, Sampler, generate
 from gpt2lab.generation.sampling import draw, uniforms
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.tokenizer import Tokenizer
@@ -35,7 +35,11 @@ def slow_decode(model: GPT2, prompt: Tensor, sample: int, steps: int, sampler: S
 
 
 def fast_decode(model: GPT2, prompt: Tensor, samples: int, steps: int, sampler: Sampler, seed: int) -> list[list[int]]:
-    return torch.stack(list(decode(model, prompt, samples, steps, sampler, seed))).T.tolist()
+    engine = Engine(model)
+    texts = engine.submit(Request(prompt.tolist(), steps, sampler, seed), samples)
+    while engine.busy:
+        engine.step()
+    return [text.token_ids for text in texts]
 
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
@@ -92,7 +96,7 @@ def test_each_step_reads_one_token() -> None:
     model, read = build(VARIANTS["learned-mha-full"]).eval(), []
     with model.register_forward_hook(lambda _, args, __: read.append(tuple(args[0].shape))):
         fast_decode(model, PROMPT, 4, 6, SAMPLERS["greedy"], seed=0)
-    assert read == [(4, 9)] + [(4, 1)] * 5
+    assert read == [(1, 9)] + [(1, 4)] * 5
 
 
 # --- Text -------------------------------------------------------------------------------------------------------------
