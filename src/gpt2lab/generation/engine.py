@@ -118,12 +118,12 @@ class Engine:
     def step(self) -> list[Text]:
         """One forward pass; returns the texts that have grown or ended."""
         parts = [self._next_part(text) for text in self.running]
-        room = READ_AT_ONCE - sum(len(part.token_ids) for part in parts)
+        room = READ_AT_ONCE  # for prompts: running texts do not wait for them, nor they for those
         reading = [prompt for prompt in self.prompts if prompt.logits is None]
         reading = reading[: max(0, self.max_texts - len(self.running))]
         for prompt in reading:
             part = Part(prompt.reading, prompt.reading.next_part())
-            if parts and len(part.token_ids) > room:
+            if len(part.token_ids) > room:
                 break
             parts.append(part)
             room -= len(part.token_ids)

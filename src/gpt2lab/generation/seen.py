@@ -1,3 +1,6 @@
 class Seen:
-    def __init__(self, prompt_ids): pass
-    def add(self, token_id): pass
+    def __init__(self, prompt_ids):
+        pass
+
+    def add(self, token_id):
+        pass

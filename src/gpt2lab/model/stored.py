@@ -62,8 +62,9 @@ class StoredInt8(Stored):
 
     def write(self, slot: int, x: New) -> None:
         scales = x.float().abs().amax(dim=-1, keepdim=True) / 127
-        super().write(slot, (x / scales.clamp(min=1e-30)).round().to(torch.int8))
-        self.tensors["scales"][:, :, slot : slot + x.shape[2]] = scales
+        slots = slice(slot, slot + x.shape[2])
+        self.tensors["numbers"][:, :, slots] = (x / scales.clamp(min=1e-30)).round().to(torch.int8)
+        self.tensors["scales"][:, :, slots] = scales
 
     def read(self, slots: int, dtype: torch.dtype) -> New:
         return (super().read(slots, torch.float32) * self.tensors["scales"][:, :, :slots]).to(dtype)
