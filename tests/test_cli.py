@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpt2lab import cli, commands, errors
+from gpt2lab import cli, errors
+from gpt2lab.commands import training
 from gpt2lab.errors import as_lab_error
 from gpt2lab.tokenizer import Tokenizer
 from tests.test_train import SETTINGS, flags, sentences
@@ -307,7 +308,7 @@ def test_a_bug_of_ours_is_one_line_and_a_traceback_with_debug(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr(commands, "load_config", fail)
+    monkeypatch.setattr(training, "load_config", fail)
     assert cli.run(["train"]) == 70
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ZeroDivisionError):

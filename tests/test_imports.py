@@ -45,7 +45,7 @@ KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}
 ALLOWED = {
     "gpt2lab.weights.unpickle calls torch.load(weights_only=True)",
     "gpt2lab.weights.__init__ calls allow_pickle=allow_pickle",
-    "gpt2lab.commands calls allow_pickle=arguments.allow_pickle",
+    "gpt2lab.commands.weights calls allow_pickle=arguments.allow_pickle",
 }
 """One door, with weights_only=True, for files whose user asked for it, in a child process: tests/weights/test_pickles.py."""
 

@@ -162,6 +162,10 @@ class Text:
         if not self.left or (self.request.past_end == "stop" and limit is not None and self.position > limit):
             self.finish("length")
 
+    def cut(self, count: int) -> None:
+        """Keep the first `count` tokens of a text that has ended."""
+        del self.token_ids[count:], self.log_probabilities[count:]
+
     def finish(self, reason: FinishReason) -> None:
         """Nothing more comes; what was held for it is let go."""
         self.finish_reason, self.reading, self.draft = reason, None, None
