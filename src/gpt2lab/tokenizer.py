@@ -8,6 +8,7 @@ documents.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import json
 import re
@@ -178,6 +179,18 @@ class Tokenizer:
         """The text of `token_ids`; bytes that are no UTF-8 show as U+FFFD."""
         return str(self._backend.decode([int(i) for i in token_ids], skip_special_tokens=False))
 
+    @property
+    def concatenates(self) -> bool:
+        """Whether a text is the bytes of its tokens, one after the other."""
+        return isinstance(self._backend.decoder, decoders.ByteLevel | decoders.Fuse)
+
+    def token_bytes(self, token_id: int) -> builtins.bytes:
+        """The bytes of a token where texts are such; none of an id that is no token."""
+        token = self._backend.id_to_token(token_id) or ""
+        if isinstance(self._backend.decoder, decoders.ByteLevel) and all(char in _BYTES for char in token):
+            return bytes(_BYTES[char] for char in token)
+        return str(token).encode()
+
 
 def open_tokenizer(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     """The tokenizer that a recipe names: bytes, chars, bpe:N, gpt2, or a folder. chars and bpe:N learn from `texts`.
@@ -215,8 +228,11 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
+_BYTES = {char: byte for byte, char in byte_characters().items()}
+
+
 def _byte_vocabulary() -> dict[str, int]:
-    return {char: byte for byte, char in byte_characters().items()} | {END_OF_TEXT: 256}
+    return _BYTES | {END_OF_TEXT: 256}
 
 
 def _bytes_alone() -> models.Model:

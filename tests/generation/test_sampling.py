@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpt2lab.errors import ConfigError
-from gpt2lab.generation.sampling import Sampler, draw, keep_top_k, keep_top_p, uniforms
+from gpt2lab.generation.filters import keep_top_k, keep_top_p
+from gpt2lab.generation.sampling import Sampler, draw, uniforms
 
 TOTAL = 64
 LAST = 1 - 2**-53

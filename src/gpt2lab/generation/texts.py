@@ -13,7 +13,8 @@ from torch import Tensor
 from gpt2lab.config import GPT2Config
 from gpt2lab.errors import ConfigError
 from gpt2lab.generation.drafts import Draft
-from gpt2lab.generation.sampling import BANNED, Sampler, log_probabilities, uniforms
+from gpt2lab.generation.logprobs import log_probabilities
+from gpt2lab.generation.sampling import BANNED, Sampler, uniforms
 from gpt2lab.generation.seen import Seen
 from gpt2lab.model.cache import Cache
 
@@ -130,7 +131,7 @@ class Text:
         self.log_probabilities: list[list[tuple[int, float]]] = []
         self.finish_reason: FinishReason | None = None
         self.reading: Reading | None = None
-        self.seen = Seen(request.prompt_ids) if request.sampler.needs_seen else None
+        self.seen = Seen(request.prompt_ids)
 
     @property
     def position(self) -> int:
@@ -156,8 +157,7 @@ class Text:
             self.log_probabilities.append(log_probabilities(logits, token_id, self.request.log_probabilities))
         self.token_ids.append(token_id)
         self.reading.token_ids.append(token_id)
-        if self.seen is not None:
-            self.seen.add(token_id)
+        self.seen.add(token_id)
         limit = self.reading.limit
         if not self.left or (self.request.past_end == "stop" and limit is not None and self.position > limit):
             self.finish("length")
