@@ -151,7 +151,8 @@ class Sampler:
                 token_ids, times = text.tensors(scores.device)
                 said = row[token_ids]
                 said = torch.where(said < 0, said * self.repetition_penalty, said / self.repetition_penalty)
-                row[token_ids] = said - self.frequency_penalty * times - self.presence_penalty * (times > 0)
+                said -= self.frequency_penalty * times.double() + self.presence_penalty * (times > 0).double()
+                row[token_ids] = said
         if self.logit_bias:
             ids, biases = zip(*self.logit_bias, strict=True)
             if max(ids) >= scores.shape[-1]:
