@@ -278,7 +278,7 @@ NUMBERS = st.floats(0, 1, exclude_max=True) | st.sampled_from(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(data=st.data(), sampler=SAMPLERS)
 def test_choosing_is_drawing_from_the_probabilities(data: st.DataObject, sampler: Sampler) -> None:
     """At every setting, with ties and with -inf: the same token for the same number, and never an impossible one."""
