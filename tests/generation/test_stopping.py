@@ -17,7 +17,7 @@ LETTERS = Tokenizer.chars(["abcé€🙂\ufffd "])
 def merged() -> Tokenizer:
     """Bytes, and tokens of several: among them halves of characters with something before or after."""
     spelled = sorted(byte_characters().values())
-    joined = ["ab", "aba", "bb", "aÃ", "Ã©", "©a", "ðŁ", "ĻĤb", "âĤ", "¬ab", END_OF_TEXT]
+    joined = ["ab", "aba", "bb", "aÃ", "Ã©", "©a", "ðŁ", "ĻĤb", "âĤ", "¬ab", "a b", "日é", END_OF_TEXT]
     backend = Backend(models.WordLevel({text: index for index, text in enumerate(spelled + joined)}))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     return Tokenizer(backend)
@@ -31,6 +31,11 @@ def spaced() -> Tokenizer:
 
 
 TOKENIZERS = {"bytes": BYTES, "letters": LETTERS, "merged": merged(), "spaced": spaced()}
+
+
+def test_one_of_them_is_no_concatenation() -> None:
+    assert {name for name, tokenizer in TOKENIZERS.items() if not tokenizer.concatenates} == {"spaced"}
+    assert TOKENIZERS["spaced"].decode([0, 1]) == "a b"
 
 
 def naive_stop(text: str, stops: list[str]) -> tuple[str, str | None]:

@@ -153,7 +153,8 @@ class Sampler:
                 token_ids, times = text.tensors(scores.device)
                 said = row[token_ids]
                 said = torch.where(said < 0, said * self.repetition_penalty, said / self.repetition_penalty)
-                row[token_ids] = said - self.frequency_penalty * times - self.presence_penalty * (times > 0)
+                said -= self.frequency_penalty * times.double() + self.presence_penalty * (times > 0).double()
+                row[token_ids] = said
         if self.logit_bias:
             ids, biases = zip(*self.logit_bias, strict=True)
             if max(ids) >= scores.shape[-1]:
@@ -173,10 +174,10 @@ def likeliest(scores: Logits) -> tuple[Int[Tensor, " batch"], Float[Tensor, " ba
     # On a CPU numpy takes a twentieth of the time of torch.
     first = torch.from_numpy(scores.detach().numpy().argmax(-1)) if scores.is_cpu else scores.argmax(-1)
     highest = scores.gather(-1, first[:, None]).squeeze(-1)  # of a row with NaN, that
-    fine = highest < math.inf
-    if not fine.all():
-        row = int(fine.int().argmin())
-        cause = f"a logit of text {row} is {highest[row].item()}"
+    for row, value in enumerate(highest.tolist()):
+        if value < math.inf:
+            continue
+        cause = f"a logit of text {row} is {value}"
         fix = "take an earlier checkpoint, or a precision in which these weights do not overflow"
         raise NumbersError("numbers went bad", where="logits", cause=cause, fix=fix)
     return first, highest

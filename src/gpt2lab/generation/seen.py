@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -36,5 +37,6 @@ class Seen:
 
     def tensors(self, device: torch.device) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
         """The ids that occur, each once, and how often each was generated."""
-        ids, times = torch.tensor([list(self.times), list(self.times.values())], dtype=torch.int64, device=device)
+        both = (np.fromiter(numbers, np.int64, len(self.times)) for numbers in (self.times, self.times.values()))
+        ids, times = (torch.from_numpy(numbers).to(device) for numbers in both)
         return ids, times
