@@ -25,12 +25,16 @@ from gpt2lab import manifest
 from gpt2lab.errors import CheckpointError, ResourceError, as_lab_error
 from gpt2lab.manifest import FORMAT, FileRecord, Manifest, Seen, damaged, verify
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.quantized import quantize_weights
+from gpt2lab.model.reading import assemble
 from gpt2lab.paths import whole_folder
 from gpt2lab.recipe import Setting, build_model_config, parse_recipe
 from gpt2lab.tensors import save_tensors, tensors_in
 from gpt2lab.tokenizer import Tokenizer
 
 MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.yaml", "state.json"
+QUANTIZE = "quantize"
+"""The key in a folder's config that says what its weights were quantised to; such a folder is for reading alone."""
 FILE_BYTES = 5_000_000_000
 """Tensors beyond so many bytes go into a second file."""
 
@@ -93,9 +97,13 @@ class Checkpoint:
         assign_weights(model, self.weights(), str(self.folder))
 
     def open_model(self) -> tuple[GPT2, Tokenizer]:
-        """The model, in eval mode, and its tokenizer."""
+        """The model, in eval mode, and its tokenizer; a quantised one is ready to read."""
         with torch.device("meta"):
             model = GPT2.from_config(build_model_config(self.recipe))
+        if QUANTIZE in self.recipe:
+            weights = self.weights()
+            check_weights(quantize_weights(model.state_dict()), weights, str(self.folder))
+            return assemble(model, weights), Tokenizer.load(self.folder)
         self.load_weights(model)
         return model.eval(), Tokenizer.load(self.folder)
 
@@ -305,7 +313,17 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> 
     Raises:
         CheckpointError: with the names that are missing, left over, or of another shape.
     """
-    expected = model.state_dict()
+    check_weights(model.state_dict(), tensors, where)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(tensors, assign=meta)
+
+
+def check_weights(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors whose names or shapes are not those expected.
+
+    Raises:
+        CheckpointError: with the names that are missing, left over, or of another shape.
+    """
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"left over {name}" for name in tensors if name not in expected]
     problems += [
@@ -318,5 +336,3 @@ def assign_weights(model: nn.Module, tensors: dict[str, Tensor], where: str) -> 
         raise CheckpointError(
             "weights do not fit the model", where=where, cause=shown, fix="give the config they belong to"
         )
-    meta = any(parameter.is_meta for parameter in model.parameters())
-    model.load_state_dict(tensors, assign=meta)

@@ -57,7 +57,7 @@ def settle(config: RunConfig, ranks: Ranks | None = None, resumed: Checkpoint | 
     device = ranks.device if ranks is not None else choose_device(config.system.device)
     world = ranks.world_size if ranks is not None else max(config.system.num_processes or 1, place()[1])
     here = ranks.local_size if ranks is not None else world
-    start = weights.open_model(config.init_from) if config.init_from and resumed is None else None
+    start = weights.open_whole(config.init_from) if config.init_from and resumed is None else None
     if start is not None and config.model == GPT2Config():
         config = replace(config, model=start[0].config)
     tokenizer = choose_tokenizer(config, resumed, start)

@@ -114,7 +114,9 @@ class GPT2(nn.Module):
             for layer in range(num_layers)
         )
         self.final_norm = norm()
-        self.head = None if config.tie_head else nn.Linear(embed_dim, config.padded_vocab_size, bias=False)
+        self.head: nn.Module | None = None
+        if not config.tie_head:
+            self.head = nn.Linear(embed_dim, config.padded_vocab_size, bias=False)
         self.init_weights(generator)
 
     @classmethod
@@ -186,7 +188,9 @@ class GPT2(nn.Module):
         if wanted is not None:
             x = x[:, wanted]
         # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
-        logits = nn.functional.linear(self.final_norm(x), self.head_weight)[..., : self.vocab_size]
+        x = self.final_norm(x)
+        logits = self.head(x) if self.head is not None else nn.functional.linear(x, self.token_embedding.weight)
+        logits = logits[..., : self.vocab_size]
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits if targets is None else token_losses(logits, targets)
@@ -196,7 +200,8 @@ class GPT2(nn.Module):
 
         A layer with a window keeps what its window needs and no more.
         """
-        weight = self.token_embedding.weight
+        weight = self.final_norm.weight  # of the type that is computed in, also where larger weights are quantised
+        assert isinstance(weight, Tensor)
         return Cache(
             [
                 (KVCache if block.attn.window is None else WindowCache)(
@@ -220,7 +225,9 @@ class GPT2(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The matrix that makes logits: the token embedding, unless the head has weights of its own."""
-        return self.token_embedding.weight if self.head is None else self.head.weight
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def device(self) -> torch.device:

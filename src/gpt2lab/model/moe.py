@@ -88,6 +88,15 @@ class GroupedLinear(nn.Module):
         )
 
 
+class Router(nn.Linear):
+    """Logits over the experts, in fp32 at least: in bf16 its choices would be rough (Fedus et al. 2021)."""
+
+    def forward(self, tokens: Float[Tensor, "token embed"]) -> Float[Tensor, "token expert"]:
+        with torch.autocast(tokens.device.type, enabled=False):
+            dtype = torch.promote_types(tokens.dtype, torch.float32)
+            return F.linear(tokens.to(dtype), self.weight.to(dtype))
+
+
 class MoE(nn.Module):
     """Experts, each an MLP, and the router that chooses `experts_per_token` of them for each token.
 
@@ -118,7 +127,7 @@ class MoE(nn.Module):
         if experts_per_token > num_experts:
             raise ValueError(f"experts_per_token {experts_per_token} is more than num_experts {num_experts}")
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
-        self.router = nn.Linear(embed_dim, num_experts, bias=False)
+        self.router = Router(embed_dim, num_experts, bias=False)
         self.up_proj = GroupedLinear(num_experts, embed_dim, activation.inputs * ff_hidden_dim, bias=bias)
         self.activation = activation.function
         self.down_proj = GroupedLinear(num_experts, ff_hidden_dim, embed_dim, bias=bias)
@@ -133,7 +142,7 @@ class MoE(nn.Module):
             routing: is told what was decided here.
         """
         tokens = x.flatten(0, 1)
-        logits = self.route(tokens)
+        logits = self.router(tokens)
         best, chosen = logits.topk(self.experts_per_token, dim=-1)
         weights = best.softmax(dim=-1)  # over the chosen alone: the probabilities of all, normalised
         counts = (chosen.flatten()[:, None] == torch.arange(self.num_experts, device=x.device)).sum(0)
@@ -145,9 +154,3 @@ class MoE(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = out.index_select(0, back).unflatten(0, chosen.shape)
         return self.dropout((parts * weights[..., None].to(parts.dtype)).sum(dim=1).view(x.shape))
-
-    def route(self, tokens: Float[Tensor, "token embed"]) -> Float[Tensor, "token expert"]:
-        """The router's logits, in fp32 at least: in bf16 its choices would be rough (Fedus et al. 2021)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            dtype = torch.promote_types(tokens.dtype, torch.float32)
-            return F.linear(tokens.to(dtype), self.router.weight.to(dtype))

@@ -11,6 +11,8 @@ from gpt2lab.config import to_dict, to_yaml
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.manifest import MANIFEST
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.quantized import Quantize, quantize_weights
+from gpt2lab.model.reading import ReadingGPT2, assemble
 from gpt2lab.seeds import generator_for
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import convert, export, hf, llmc, nanogpt, openai
@@ -40,6 +42,19 @@ def open_model(name: str) -> tuple[GPT2, Tokenizer]:
         return newest.open_model()
     imported = read_foreign(name)
     return imported.model, imported.tokenizer
+
+
+def open_whole(name: str) -> tuple[GPT2, Tokenizer]:
+    """The model of `open_model`, if it can be trained, converted and exported.
+
+    Raises:
+        ConfigError: it is quantised. Otherwise as `open_model`.
+    """
+    model, tokenizer = open_model(name)
+    if isinstance(model, ReadingGPT2):
+        cause = "its weights are quantised, which is for generating and evaluating alone"
+        raise ConfigError("not a whole model", where=name, cause=cause, fix="name the model it was made from")
+    return model, tokenizer
 
 
 def read_foreign(name: str, tokenizer: str | None = None, *, allow_pickle: bool = False) -> Imported:
@@ -86,7 +101,7 @@ def export_model(name: str, out: Path, to: str = "hf", *, check: bool = True) ->
         ConfigError: that format does not hold it, or `out` is there already. CheckpointError: see `export.export_hf`.
     """
     refuse_full(out)
-    model, tokenizer = open_model(name)
+    model, tokenizer = open_whole(name)
     if to == "gguf":
         from gpt2lab.weights import gguf  # its library is optional
 
@@ -101,10 +116,27 @@ def convert_model(name: str, out: Path, changes: Mapping[str, Any]) -> tuple[Con
         ConfigError: changes that cannot be made, or `out` is there already.
     """
     refuse_full(out)
-    model, tokenizer = open_model(name)
+    model, tokenizer = open_whole(name)
     converted = convert.convert(model, changes, generator_for(0, "convert"))
     save_model(out, converted.model, tokenizer)
     return converted, convert.max_logit_difference(model, converted.model, generator_for(0, "compare"))
+
+
+def quantize_model(name: str, out: Path, to: Quantize = "int8") -> float:
+    """A model with quantised weights as a new folder of ours, which `open_model` opens ready to read.
+
+    Returns:
+        How far its logits are from the first one's, at most.
+
+    Raises:
+        ConfigError: it is quantised already, or `out` is there already.
+    """
+    refuse_full(out)
+    model, tokenizer = open_whole(name)
+    weights = quantize_weights(model.state_dict())
+    recipe = to_yaml({checkpoint.QUANTIZE: to, "model": to_dict(model.config)})
+    checkpoint.save(out, weights, recipe=recipe, tokenizer=tokenizer)
+    return convert.max_logit_difference(model, assemble(model, weights), generator_for(0, "compare"))
 
 
 def save_model(folder: Path, model: GPT2, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,139 @@
+"""A GPT-2 for reading alone: its linear layers packed or quantised, and its rows independent of each other to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gpt2lab.errors import ConfigError
+from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.mlp import MLP
+from gpt2lab.model.moe import GroupedLinear, MoE
+from gpt2lab.model.packed import PackedLinear, can_pack
+from gpt2lab.model.quantized import SCALE, Int8Embedding, Int8Linear, dequantize, has_int8
+
+ALIGNED, SHARE = 64, 16384
+"""Rows of which width end where torch's vectors do, and up to how many numbers it computes a nonlinearity in one thread."""
+
+
+class ReadingGPT2(GPT2):
+    """A GPT2 that computes logits and cannot be trained, converted or saved; made by `assemble`."""
+
+    def train(self, mode: bool = True) -> ReadingGPT2:
+        """Stay in eval mode.
+
+        Raises:
+            ConfigError: `mode` is true.
+        """
+        if mode:
+            raise self._refused("cannot train a model that was prepared for reading")
+        super().train(False)
+        return self
+
+    def state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not there: packed weights are this machine's.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise self._refused("cannot save a model that was prepared for reading")
+
+    def num_parameters(self) -> int:
+        """As of the model it was made from."""
+        with torch.device("meta"):
+            return GPT2.from_config(self.config).num_parameters()
+
+    @staticmethod
+    def _refused(what: str) -> ConfigError:
+        cause = "its weights are packed or quantised"
+        return ConfigError(what, cause=cause, fix="use the model it was made from")
+
+
+class Experts(nn.Module):
+    """One linear layer an expert, in place of a `GroupedLinear`."""
+
+    def __init__(self, experts: list[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x: Float[Tensor, "row in"], counts: Int[Tensor, " expert"]) -> Float[Tensor, "row out"]:
+        """`counts` rows of `x` belong to each expert, in their order."""
+        each = zip(self.experts, x.split(counts.tolist()), strict=True)
+        return torch.cat([expert(rows) for expert, rows in each if len(rows)])
+
+
+class RowByRow:
+    """A nonlinearity whose results do not depend on where a row stands.
+
+    torch computes GELU and SiLU a vector at a time, and the last few numbers of each thread's share by another formula, which
+    may differ in the last bit. Here a share ends where a row does, and rows that are no whole number of vectors go one by one.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, x: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows outer"]:
+        width = x.shape[-1]
+        if x.numel() == width or (width % ALIGNED == 0 and x.numel() <= SHARE):
+            return self.function(x)
+        at_once = max(1, SHARE // width) if width % ALIGNED == 0 else 1
+        pieces = [self.function(rows) for rows in x.flatten(0, -2).split(at_once)]
+        return torch.cat(pieces).view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -> ReadingGPT2:
+    """A model for reading, in eval mode. What is neither packed nor quantised shares memory with `weights`.
+
+    Args:
+        shape: a model of that config; its own weights are not looked at.
+        weights: by their names in the code, whole or as `quantize_weights` gives them.
+        pack: whether whole matrices are copied into oneDNN's layout, where it multiplies with them.
+    """
+    if not has_int8():
+        weights = whole(weights)
+    with torch.device("meta"):
+        model = ReadingGPT2.from_config(shape.config)
+
+    def linear(name: str, bias_name: str, *expert: int) -> nn.Module | None:
+        """The part that reads this matrix, or one expert's of them; None: the layer that is there."""
+        weight, scale, bias = (weights.get(key) for key in (name, name + SCALE, bias_name))
+        assert weight is not None
+        bias = None if bias is None else bias[expert]
+        if scale is not None:
+            return Int8Linear(weight[expert], scale[expert], bias)
+        return PackedLinear(weight[expert], bias) if pack and can_pack(weight) else None
+
+    for name, module in list(model.named_modules()):
+        names = f"{name}.weight", f"{name}.bias"
+        part: nn.Module | None = None
+        if isinstance(module, nn.Linear):
+            part = linear(*names)
+        elif isinstance(module, GroupedLinear):
+            experts = [linear(*names, expert) for expert in range(len(module.weight))]
+            part = Experts([expert for expert in experts if expert is not None]) if None not in experts else None
+        elif isinstance(module, nn.Embedding) and names[0] + SCALE in weights:
+            part = Int8Embedding(weights[names[0]], weights[names[0] + SCALE])
+        elif isinstance(module, MLP | MoE) and pack:
+            module.activation = RowByRow(module.activation)
+        if part is not None:
+            model.set_submodule(name, part)
+    if model.head is None and (head := linear("token_embedding.weight", "")) is not None:
+        model.head = head
+    kept = {name: weights[name] for name, _ in model.named_parameters()}
+    model.load_state_dict(kept | dict(model.named_buffers()), assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in fp32 that quantised ones stand for."""
+    scales = {name.removesuffix(SCALE): scale for name, scale in weights.items() if name.endswith(SCALE)}
+    return {
+        name: dequantize(weight, scales[name]) if name in scales else weight
+        for name, weight in weights.items()
+        if not name.endswith(SCALE)
+    }
