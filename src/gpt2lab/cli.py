@@ -114,8 +114,8 @@ def _settings(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     flags: list[str] = []
     rest = iter(words)
     for word in rest:
-        if word in ("--json", "--debug", "--help", "-h"):
-            own.append(word)
+        if word in ("--json", "--debug", "--help", "-h") or word.startswith("--quantize"):
+            own += [word] if word != "--quantize" else [word, next(rest, "")]
         elif not word.startswith("--"):
             recipes.append(word)
         else:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
-from gpt2lab.commands.table import Table, console, print_json
+from gpt2lab.commands.table import MODEL, Table, console, print_json
 
 
 def add_to(table: Table) -> None:
@@ -29,6 +29,11 @@ def add_to(table: Table) -> None:
             "steps processes",
         ),
         (
+            "decode",
+            "writing: ours, and transformers and CTranslate2 with the same weights",
+            "prompt-tokens new-tokens batch-size long-prompt-tokens",
+        ),
+        (
             "tokenise",
             "text to ids on disk: ours, and datasets.map with tiktoken and with tokenizers",
             "processes",
@@ -40,6 +45,11 @@ def add_to(table: Table) -> None:
             command.add_argument(f"--{size}", type=int)
         if what == "attention":
             command.add_argument("--lengths", type=int, nargs="+", help="tokens in a sequence, at least two of them")
+        if what == "decode":
+            command.add_argument("--model", help=f"{MODEL} (default: GPT-2 124M's shape with random weights)")
+            command.add_argument(
+                "--against", nargs="*", metavar="LIBRARY", help="transformers, ctranslate2 (default: those installed)"
+            )
         if what == "strategies":
             command.add_argument("--recipe", metavar="FILE", help="what to train (default: a small model on a CPU)")
         elif what == "tokenise":
@@ -53,10 +63,11 @@ def add_to(table: Table) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    from gpt2lab.bench import attention, experts, strategies, tokenise
+    from gpt2lab.bench import attention, decode, experts, strategies, tokenise
 
     known: dict[str, tuple[Any, Any, Any]] = {
         "attention": (attention.AttentionBench, attention.bench_attention, attention.table),
+        "decode": (decode.DecodeBench, decode.bench_decode, decode.table),
         "experts": (experts.ExpertsBench, experts.bench_experts, experts.table),
         "strategies": (strategies.StrategiesBench, strategies.bench_strategies, strategies.table),
         "tokenise": (tokenise.TokeniseBench, tokenise.bench_tokenise, tokenise.table),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2lab.commands.table import MODEL, Table, print_json, settings_help
+from gpt2lab.errors import ConfigError
 
 
 def add_to(table: Table) -> None:
@@ -37,11 +38,14 @@ def add_to(table: Table) -> None:
         "convert",
         convert,
         "change a trained model's parts: exactly where that can be, else as a start for training",
-        usage="gpt2lab convert MODEL DIR [--num-kv-heads 4] [--position rope] [--KEY VALUE ...]",
+        usage="gpt2lab convert MODEL DIR [--num-kv-heads 4] [--position rope] [--KEY VALUE ...] | --quantize int8",
         epilog=settings_help("model."),
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("out", metavar="DIR", help="a new folder")
+    command.add_argument(
+        "--quantize", choices=("int8",), help="weights in eight bits: a quarter of the size, for writing alone"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -80,8 +84,19 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    from gpt2lab.weights import convert_model
+    from gpt2lab.weights import convert_model, quantize_model
 
+    if arguments.quantize:
+        if arguments.changes:
+            cause, fix = "a quantised model is not changed any more", "change it first, in a folder of its own"
+            raise ConfigError("one or the other", where="--quantize", cause=cause, fix=fix)
+        difference = quantize_model(arguments.model, Path(arguments.out), arguments.quantize)
+        if arguments.json:
+            print_json({"quantize": arguments.quantize, "max_logit_difference": difference})
+        else:
+            print(f"logits     differ by at most {difference:.3g} on random tokens")
+            print(f"{arguments.quantize} in {arguments.out}; what it costs: gpt2lab eval {arguments.out}")
+        return
     converted, difference = convert_model(arguments.model, Path(arguments.out), arguments.changes)
     facts = {"max_logit_difference": difference, "exact": converted.exact, "approximate": converted.approximate}
     _show_map(converted.map, arguments.json, **facts)
