@@ -142,14 +142,14 @@ class Engine:
         """What is read of a running text: its newest token and a draft, or more where its context has begun later."""
         reading = _reading(text)
         token_ids = reading.next_part()
-        if text.draft is None or reading.unread > len(token_ids):
+        if text.draft is None or reading.unread > 1:
             return Part(reading, token_ids)
         room = min(LONGEST_DRAFT, text.left - 1)
         if reading.limit is not None:
             room = min(room, reading.limit - reading.read - len(token_ids))
         return Part(reading, token_ids, text.draft.propose(reading.token_ids, room) if room > 0 else None)
 
-    def _read(self, parts: Sequence[Part]) -> list[Float[Tensor, "place vocab"] | None]:
+    def _read(self, parts: Sequence[Part]) -> list[Float[Tensor, "_ vocab"] | None]:
         """Let the model read; give what follows the newest token of each text and each token of its draft, or None where more
         is to be read first."""
         caches = [self._cache(part.reading, len(part.token_ids)) for part in parts]
@@ -173,12 +173,14 @@ class Engine:
             reading.cache.reserve(2 * reading.cache.capacity)
         return reading.cache
 
-    def _write(self, news: Sequence[tuple[Text, Float[Tensor, "place vocab"], Proposal | None]]) -> list[Text]:
+    def _write(self, news: Sequence[tuple[Text, Float[Tensor, "_ vocab"], Proposal | None]]) -> list[Text]:
         """Choose what each text goes on with."""
         singly = [(text, rows) for text, rows, proposal in news if proposal is None]
         chosen = dict(zip((text for text, _ in singly), choose_each(singly), strict=True))
         for text, rows, proposal in news:
             token_ids = check(text, rows, proposal) if proposal is not None else [chosen[text]]
+            if proposal is not None and text.draft is not None:
+                text.draft.learn(len(proposal.token_ids), len(token_ids) - 1)
             for token_id, row in zip(token_ids, rows, strict=False):
                 if text.finish_reason is None:
                     text.write(token_id, row)
