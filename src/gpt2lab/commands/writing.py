@@ -119,7 +119,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = open_model(arguments.model)
     reader = for_reading(model, arguments.quantize)
-    drafts = drafts_for(arguments.draft, reader) if arguments.draft else None
+    drafts = None
+    if arguments.draft:
+        drafts = drafts_for(arguments.draft, reader, lambda name: for_reading(open_model(name)[0], arguments.quantize))
     shown: list[str] = []  # the prompt is shown with the first of the text: what is refused shows nothing
 
     def show(text: str) -> None:

@@ -62,6 +62,14 @@ class Statistics:
         """How many times faster than without a draft, if steps cost what is assumed."""
         return (self.steps + self.accepted) / self.cost if self.steps else 1.0
 
+    def __str__(self) -> str:
+        """For people."""
+        return (
+            f"{self.accepted:,} of {self.proposed:,} proposed tokens accepted, {self.tokens_per_step:.2f} tokens a step; "
+            f"{self.acceptance:.0%} of those tested were right, and it pays from {self.break_even:.0%} on: "
+            f"{self.speed_up:.2f} times as fast by these numbers"
+        )
+
 
 class Draft(Protocol):
     """What proposes the next tokens of one text."""
