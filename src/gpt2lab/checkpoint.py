@@ -25,8 +25,7 @@ from gpt2lab import manifest
 from gpt2lab.errors import CheckpointError, ResourceError, as_lab_error
 from gpt2lab.manifest import FORMAT, FileRecord, Manifest, Seen, damaged, verify
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.model.quantized import quantize_weights
-from gpt2lab.model.reading import assemble
+from gpt2lab.model.reading import assemble, quantize_weights
 from gpt2lab.paths import whole_folder
 from gpt2lab.recipe import Setting, build_model_config, parse_recipe
 from gpt2lab.tensors import save_tensors, tensors_in
@@ -102,7 +101,7 @@ class Checkpoint:
             model = GPT2.from_config(build_model_config(self.recipe))
         if QUANTIZE in self.recipe:
             weights = self.weights()
-            check_weights(quantize_weights(model.state_dict()), weights, str(self.folder))
+            check_weights(quantize_weights(model.state_dict(), self.recipe[QUANTIZE].value), weights, str(self.folder))
             return assemble(model, weights), Tokenizer.load(self.folder)
         self.load_weights(model)
         return model.eval(), Tokenizer.load(self.folder)

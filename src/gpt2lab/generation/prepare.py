@@ -1,10 +1,9 @@
-"""A model as generation reads it fastest: packed for this machine, or in eight bits."""
+"""A model as generation reads it fastest: packed for this machine, or quantised."""
 
 from __future__ import annotations
 
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.model.quantized import Quantize, quantize_weights
-from gpt2lab.model.reading import ReadingGPT2, assemble
+from gpt2lab.model.reading import Quantize, ReadingGPT2, assemble, quantize_weights
 
 
 def for_reading(model: GPT2, quantize: Quantize | None = None, pack: bool = True) -> GPT2:
@@ -14,7 +13,8 @@ def for_reading(model: GPT2, quantize: Quantize | None = None, pack: bool = True
     neither packing nor quantising is faster: there it is the same model, with the same layers.
 
     Args:
-        quantize: eight bits a weight, on a CPU; a model that was prepared stays as it was.
+        quantize: eight bits a weight, or four where a single text's next token is what counts, and not its last percent of
+            perplexity. A model that was prepared before stays as it was.
         pack: copy matrices that are not quantised into the layout that is read fastest.
     """
     if isinstance(model, ReadingGPT2):
@@ -23,5 +23,5 @@ def for_reading(model: GPT2, quantize: Quantize | None = None, pack: bool = True
     if model.device.type != "cpu":
         return assemble(model, weights, pack=False)
     if quantize is not None:
-        weights = quantize_weights({name: weight.float() for name, weight in weights.items()})
+        weights = quantize_weights(weights, quantize)
     return assemble(model, weights, pack=pack)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Quantize = Literal["int8"]
-"""What weights can be quantised to."""
-SCALE = "_scale"
-"""A quantised tensor ``x.weight`` has its scales beside it, in ``x.weight_scale``."""
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
 """Steps between a row's lowest and highest number. Without VNNI the kernel adds two products in 16 bits, where those of 8-bit
 numbers would be cut off: 2 * 255 * 127 is above 32767, 2 * 127 * 127 is not (as torch's `reduce_range` does it)."""
@@ -106,18 +100,3 @@ class Int8Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
-
-
-QUANTIZED = ("_proj.weight", "token_embedding.weight", "head.weight")
-"""How the names of the weights end that are quantised: all but positions, norms, biases and routers, which are small."""
-
-
-def quantize_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights by their names, the large ones in eight bits with their scales beside them."""
-    quantized: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if name.endswith(QUANTIZED):
-            quantized[name], quantized[name + SCALE] = quantize(weight)
-        else:
-            quantized[name] = weight
-    return quantized

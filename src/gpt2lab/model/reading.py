@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,15 @@ from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import GroupedLinear, MoE
 from gpt2lab.model.packed import PackedLinear, can_pack
-from gpt2lab.model.quantized import SCALE, Int8Embedding, Int8Linear, dequantize, has_int8
+from gpt2lab.model.quantized import Int8Embedding, Int8Linear, dequantize, has_int8, quantize
+from gpt2lab.model.quantized4 import Int4Linear, dequantize4, fits_int4, quantize4
+
+Quantize = Literal["int8", "int4"]
+"""What weights can be quantised to."""
+SCALE = "_scale"
+"""A quantised tensor ``x.weight`` has its scales beside it, in ``x.weight_scale``."""
+BLOCKS, TABLES = ("_proj.weight",), ("token_embedding.weight", "head.weight")
+"""How the names of the weights end that are quantised: not positions, norms, biases and routers, which are small."""
 
 ALIGNED, SHARE = 64, 16384
 """Rows of which width end where torch's vectors do, and up to how many numbers it computes a nonlinearity in one thread."""
@@ -105,7 +113,8 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
         assert weight is not None
         bias = None if bias is None else bias[expert]
         if scale is not None:
-            return Int8Linear(weight[expert], scale[expert], bias)
+            kind = Int8Linear if weight.dtype == torch.int8 else Int4Linear
+            return kind(weight[expert], scale[expert], bias)
         return PackedLinear(weight[expert], bias) if pack and can_pack(weight) else None
 
     for name, module in list(model.named_modules()):
@@ -129,11 +138,28 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
     return model.requires_grad_(False).eval()
 
 
+def quantize_weights(weights: Mapping[str, Tensor], to: Quantize) -> dict[str, Tensor]:
+    """A model's weights by their names, the large ones quantised, with their scales beside them.
+
+    With int4, the embedding and the head have eight bits, and so have matrices whose shape the kernel for four does not take.
+    """
+    quantized: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if not name.endswith((*BLOCKS, *TABLES)):
+            quantized[name] = weight.float()
+        elif to == "int4" and name.endswith(BLOCKS) and fits_int4(weight):
+            quantized[name], quantized[name + SCALE] = quantize4(weight)
+        else:
+            quantized[name], quantized[name + SCALE] = quantize(weight)
+    return quantized
+
+
 def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights in fp32 that quantised ones stand for."""
     scales = {name.removesuffix(SCALE): scale for name, scale in weights.items() if name.endswith(SCALE)}
+    methods = {torch.int8: dequantize, torch.uint8: dequantize4}
     return {
-        name: dequantize(weight, scales[name]) if name in scales else weight
+        name: methods[weight.dtype](weight, scales[name]) if name in scales else weight
         for name, weight in weights.items()
         if not name.endswith(SCALE)
     }

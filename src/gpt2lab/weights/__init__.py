@@ -11,8 +11,7 @@ from gpt2lab.config import to_dict, to_yaml
 from gpt2lab.errors import CheckpointError, ConfigError
 from gpt2lab.manifest import MANIFEST
 from gpt2lab.model.gpt2 import GPT2
-from gpt2lab.model.quantized import Quantize, quantize_weights
-from gpt2lab.model.reading import ReadingGPT2, assemble
+from gpt2lab.model.reading import Quantize, ReadingGPT2, assemble, quantize_weights
 from gpt2lab.seeds import generator_for
 from gpt2lab.tokenizer import Tokenizer
 from gpt2lab.weights import convert, export, hf, llmc, nanogpt, openai
@@ -133,7 +132,7 @@ def quantize_model(name: str, out: Path, to: Quantize = "int8") -> float:
     """
     refuse_full(out)
     model, tokenizer = open_whole(name)
-    weights = quantize_weights(model.state_dict())
+    weights = quantize_weights(model.state_dict(), to)
     recipe = to_yaml({checkpoint.QUANTIZE: to, "model": to_dict(model.config)})
     checkpoint.save(out, weights, recipe=recipe, tokenizer=tokenizer)
     return convert.max_logit_difference(model, assemble(model, weights), generator_for(0, "compare"))
