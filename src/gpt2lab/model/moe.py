@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from gpt2lab.model.activation import ACTIVATIONS, Activation
 
+FEW_ROWS = 256
+"""Rows up to which the experts of a decoding model on a GPU need no kernel of their own."""
+
 
 class Routing:
     """What the routers of one forward pass decided, layer by layer. Passed to the model, whose layers append to it.
@@ -76,6 +79,12 @@ class GroupedLinear(nn.Module):
                 member = groups.repeat_interleave(counts, output_size=len(x))[:, None] == groups
                 out = out + member.to(dtype) @ self.bias.to(dtype)  # a product: its gradient is summed in fp32
             return out
+        if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
+            # All experts work on all rows: in decoding they wait for their weights anyway, and nobody for the counts.
+            rows = torch.arange(len(x), device=x.device)
+            groups = torch.searchsorted(counts.cumsum(0), rows, right=True)
+            out = (x.to(dtype) @ self.weight.to(dtype).transpose(1, 2))[groups, rows]
+            return out if self.bias is None else out + self.bias[groups].to(dtype)
         biases = self.bias if self.bias is not None else [None] * len(self.weight)
         each = zip(x.split(counts.tolist()), self.weight, biases, strict=True)
         return torch.cat([F.linear(rows, weight, bias) for rows, weight, bias in each])
