@@ -234,7 +234,7 @@ def choose_each(texts: Sequence[tuple[Text, Float[Tensor, "1 vocab"]]]) -> list[
     for sampler, members in groups.items():
         rows = torch.cat([texts[index][1] for index in members])
         seen = [texts[index][0].seen for index in members] if sampler.needs_seen else None
-        numbers = None if sampler.greedy else torch.cat([texts[index][0].number() for index in members])
+        numbers = None if sampler.greedy else torch.cat([texts[index][0].number() for index in members]).to(rows.device)
         for index, token_id in zip(members, sampler.choose(rows, numbers, seen).tolist(), strict=True):
             chosen[index] = token_id
     return chosen

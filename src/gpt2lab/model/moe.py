@@ -80,14 +80,17 @@ class GroupedLinear(nn.Module):
                 out = out + member.to(dtype) @ self.bias.to(dtype)  # a product: its gradient is summed in fp32
             return out
         if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
-            # All experts work on all rows: in decoding they wait for their weights anyway, and nobody for the counts.
-            rows = torch.arange(len(x), device=x.device)
-            groups = torch.searchsorted(counts.cumsum(0), rows, right=True)
-            out = (x.to(dtype) @ self.weight.to(dtype).transpose(1, 2))[groups, rows]
-            return out if self.bias is None else out + self.bias[groups].to(dtype)
+            return self.by_all(x.to(dtype), counts)
         biases = self.bias if self.bias is not None else [None] * len(self.weight)
         each = zip(x.split(counts.tolist()), self.weight, biases, strict=True)
         return torch.cat([F.linear(rows, weight, bias) for rows, weight, bias in each])
+
+    def by_all(self, x: Float[Tensor, "row in"], counts: Int[Tensor, " expert"]) -> Float[Tensor, "row out"]:
+        """The same without asking for the counts: all groups work on all rows. Few rows wait for the weights anyway."""
+        rows = torch.arange(len(x), device=x.device)
+        groups = torch.searchsorted(counts.cumsum(0), rows, right=True)
+        out = (x @ self.weight.to(x.dtype).transpose(1, 2))[groups, rows]
+        return out if self.bias is None else out + self.bias[groups].to(x.dtype)
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether torch has one product for all groups here: it reads 16 bytes at a time."""
