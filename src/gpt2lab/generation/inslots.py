@@ -103,6 +103,7 @@ class InSlots:
             seat.reading.slide()
         return [seat.text for _, seat in taken]
 
+    @torch.inference_mode()  # in which the slots were made: a text can be cancelled between steps
     def tidy(self) -> None:
         """Empty the slots of texts that have ended, or whose context is to be read again."""
         for slot, seat in enumerate(self.seats):
