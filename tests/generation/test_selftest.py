@@ -5,10 +5,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from gpt2lab.generation.prepare import for_reading
 from torch import Tensor
 
 from gpt2lab.generation import selftest as selftest_module
+from gpt2lab.generation.prepare import for_reading
 from gpt2lab.generation.selftest import Finding, selftest
 from gpt2lab.model.cache import Cache, KVCache, LayerSideBySide
 from gpt2lab.model.gpt2 import GPT2

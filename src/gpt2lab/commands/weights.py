@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ def add_to(table: Table) -> None:
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("out", metavar="DIR", help="a new folder")
-    command.add_argument(
-        "--quantize", choices=("int8",), help="weights in eight bits: a quarter of the size, for writing alone"
-    )
+    command.add_argument("--quantize", choices=("int8", "int4"), help="weights in so many bits, for writing alone")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

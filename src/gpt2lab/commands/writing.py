@@ -78,7 +78,9 @@ def add_to(table: Table) -> None:
         metavar="DRAFT",
         help="what proposes tokens, to check several at once: ngram, early:LAYERS, or a model",
     )
-    command.add_argument("--quantize", choices=("int8",), help="weights in eight bits, on a CPU")
+    command.add_argument(
+        "--quantize", choices=("int8", "int4"), help="weights in eight bits, or most of them in four, on a CPU"
+    )
     command.add_argument(
         "--cache", choices=("bf16", "int8"), help="keys and values in fewer bits (default: as the weights)"
     )
@@ -92,7 +94,7 @@ def add_to(table: Table) -> None:
     command.add_argument(
         "--num-tokens", type=int, default=128, help="read and written, each time (default: %(default)s)"
     )
-    command.add_argument("--quantize", choices=("int8",), help="of the model in eight bits")
+    command.add_argument("--quantize", choices=("int8", "int4"), help="of the model in so many bits")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
     command = table.add("eval", evaluate, "measure a model on text")
@@ -100,7 +102,7 @@ def add_to(table: Table) -> None:
     command.add_argument("--tasks", default="perplexity", help="names with commas between (default: %(default)s)")
     command.add_argument("--data", help="a text file, a folder, or a named source (default: the run's held-out text)")
     command.add_argument("--stride", type=int, help="tokens from window to window (default: a whole context)")
-    command.add_argument("--quantize", choices=("int8",), help="of the model in eight bits")
+    command.add_argument("--quantize", choices=("int8", "int4"), help="of the model in so many bits")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gpt2lab.generation.drafts import Drafts, Proposal
+from gpt2lab.generation.inslots import AHEAD, InSlots, suits
 from gpt2lab.generation.sampling import Sampler
 from gpt2lab.generation.speculative import check
 from gpt2lab.generation.texts import READ_AT_ONCE, Reading, Request, Text, check_prompt
@@ -74,6 +75,7 @@ class Engine:
         max_texts: texts written at once; others wait for their turn.
         cache_dtype: what keys and values are kept in; None: the type of the weights; int8: with scales.
         drafts: makes what proposes tokens for each text; None: nothing does.
+        static: whether texts without drafts and penalties are written in static steps; None: where the model `suits`.
     """
 
     def __init__(
@@ -83,10 +85,13 @@ class Engine:
         max_texts: int = 64,
         cache_dtype: torch.dtype | None = None,
         drafts: Drafts | None = None,
+        static: bool | None = None,
     ) -> None:
         self.model, self.max_texts, self.cache_dtype, self.drafts = model, max_texts, cache_dtype, drafts
         self.prompts: deque[Prompt] = deque()
         self.running: list[Text] = []
+        static = suits(model) if static is None else static
+        self.in_slots = InSlots(model) if static and cache_dtype is None else None
 
     def submit(self, request: Request, num_samples: int = 1) -> list[Text]:
         """Have a prompt gone on with so many times; the texts grow with each `step`."""
@@ -112,12 +117,19 @@ class Engine:
     def held_bytes(self) -> int:
         """Memory of all caches."""
         readings = [text.reading for text in self.running] + [prompt.reading for prompt in self.prompts]
-        return sum(reading.cache.nbytes for reading in readings if reading is not None and reading.cache is not None)
+        held = sum(reading.cache.nbytes for reading in readings if reading is not None and reading.cache is not None)
+        return held + (self.in_slots.held_bytes if self.in_slots is not None else 0)
 
     @torch.inference_mode()
     def step(self) -> list[Text]:
         """One forward pass; returns the texts that have grown or ended."""
-        parts = [self._next_part(text) for text in self.running]
+        told: list[Text] = []
+        by_parts = self.running
+        if self.in_slots is not None:
+            waited_for = self.prompts and len(self.running) < self.max_texts
+            told += self.in_slots.write(self.running, 1 if waited_for else AHEAD)
+            by_parts = [text for text in self.running if text not in told]
+        parts = [self._next_part(text) for text in by_parts]
         room = READ_AT_ONCE  # for prompts: running texts do not wait for them, nor they for those
         reading = [prompt for prompt in self.prompts if prompt.logits is None]
         reading = reading[: max(0, self.max_texts - len(self.running))]
@@ -127,10 +139,9 @@ class Engine:
                 break
             parts.append(part)
             room -= len(part.token_ids)
-        told: list[Text] = []
         if parts:
             logits = self._read(parts)
-            running = list(zip(self.running, parts, logits, strict=False))
+            running = list(zip(by_parts, parts, logits, strict=False))
             told += self._write([(text, rows, part.proposal) for text, part, rows in running if rows is not None])
             for prompt, rows in zip(reading, logits[len(running) :], strict=False):
                 prompt.logits = rows
@@ -202,6 +213,8 @@ class Engine:
 
     def _tidy(self) -> None:
         """Let go of what has ended."""
+        if self.in_slots is not None:
+            self.in_slots.tidy()
         self.running = [text for text in self.running if text.finish_reason is None]
         for prompt in self.prompts:
             prompt.texts = deque(text for text in prompt.texts if text.finish_reason is None)
@@ -222,10 +235,8 @@ def choose_each(texts: Sequence[tuple[Text, Float[Tensor, "1 vocab"]]]) -> list[
     chosen = [0] * len(texts)
     for sampler, members in groups.items():
         rows = torch.cat([texts[index][1] for index in members])
-        numbers = torch.cat([texts[index][0].number() for index in members])
-        seen = [texts[index][0].seen for index in members]
-        for index, token_id in zip(
-            members, sampler.choose(rows, numbers, seen if sampler.needs_seen else None).tolist(), strict=True
-        ):
+        numbers = torch.cat([texts[index][0].number() for index in members]).to(rows.device)
+        seen = [texts[index][0].seen for index in members] if sampler.needs_seen else None
+        for index, token_id in zip(members, sampler.choose(rows, numbers, seen).tolist(), strict=True):
             chosen[index] = token_id
     return chosen

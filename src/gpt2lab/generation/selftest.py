@@ -79,7 +79,8 @@ def selftest(model: GPT2, num_tokens: int = 128) -> Iterator[Finding]:
 
 def _chunks(time: int) -> list[int]:
     """Sizes of chunks, from one token up, that add up to `time`."""
-    sizes, size = [], 1
+    sizes: list[int] = []
+    size = 1
     while sum(sizes) < time:
         sizes.append(min(size, time - sum(sizes)))
         size = size * 2 + 1

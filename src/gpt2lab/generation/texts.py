@@ -147,13 +147,18 @@ class Text:
         """What decides the token `ahead` tokens after the next one, in [0, 1)."""
         return uniforms(self.request.seed, range(self.sample, self.sample + 1), self.position + ahead)
 
-    def write(self, token_id: int, logits: Float[Tensor, " vocab"]) -> None:
-        """Go on with a token that was chosen by its logits, or end because of it; `BANNED` stands for none."""
+    def write(self, token_id: int, logits: Float[Tensor, " vocab"] | None) -> None:
+        """Go on with a token that was chosen by its logits, or end because of it; `BANNED` stands for none.
+
+        Args:
+            logits: only needed where log-probabilities are told.
+        """
         assert self.reading is not None and self.finish_reason is None
         if token_id in (BANNED, self.request.end_of_text):
             self.finish("banned" if token_id == BANNED else "stop")
             return
         if self.request.log_probabilities is not None:
+            assert logits is not None
             self.log_probabilities.append(log_probabilities(logits, token_id, self.request.log_probabilities))
         self.token_ids.append(token_id)
         self.reading.token_ids.append(token_id)

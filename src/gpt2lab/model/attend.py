@@ -21,16 +21,17 @@ SMALLEST_BLOCK = 64
 
 
 def visible(
-    q_positions: Int[Tensor, " time"],
-    k_positions: Int[Tensor, " key"],
+    q_positions: Int[Tensor, "*texts time"],
+    k_positions: Int[Tensor, "*texts key"],
     window: int | Int[Tensor, "*each time"] | None = None,
 ) -> Bool[Tensor, "*masks time key"]:
     """The mask rule: a token sees itself and the ``window - 1`` tokens before it, or all before it without a window.
 
     Args:
+        q_positions: of the queries, and k_positions: of the keys; of all texts, or a row for each.
         window: one for all tokens, or one for each of them; then there are as many masks as it has rows of tokens.
     """
-    distance = q_positions[:, None] - k_positions[None, :]
+    distance = q_positions[..., :, None] - k_positions[..., None, :]
     seen = distance >= 0
     if window is None:
         return seen

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt2lab.model.attend import attend
 from gpt2lab.model.cache import KVCache, LayerSideBySide
+from gpt2lab.model.slots import StaticLayer
 
 Rotate = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,7 +61,7 @@ class GroupQueryAttention(nn.Module):
         self,
         x: Float[Tensor, "batch time embed"],
         positions: Int[Tensor, "*each time"],
-        cache: KVCache | LayerSideBySide | None = None,
+        cache: KVCache | LayerSideBySide | StaticLayer | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:
         """Project, place, remember, attend, project back.

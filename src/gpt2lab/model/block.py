@@ -9,6 +9,7 @@ from gpt2lab.model.attention import GroupQueryAttention
 from gpt2lab.model.cache import KVCache, LayerSideBySide
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import MoE, Routing
+from gpt2lab.model.slots import StaticLayer
 
 
 class Block(nn.Module):
@@ -23,7 +24,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch time embed"],
         positions: Int[Tensor, "*each time"],
-        cache: KVCache | LayerSideBySide | None = None,
+        cache: KVCache | LayerSideBySide | StaticLayer | None = None,
         routing: Routing | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time embed"]:

@@ -20,6 +20,7 @@ from gpt2lab.model.loss import token_losses
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import MoE, Routing
 from gpt2lab.model.rope import RotaryEmbedding
+from gpt2lab.model.slots import StaticCache
 
 NORM_EPS = 1e-5
 
@@ -148,7 +149,7 @@ class GPT2(nn.Module):
         token_ids: Int[Tensor, "batch time"],
         targets: Int[Tensor, "batch time"] | None = None,
         *,
-        cache: Cache | SideBySide | None = None,
+        cache: Cache | SideBySide | StaticCache | None = None,
         routing: Routing | None = None,
         positions: Int[Tensor, "batch time"] | None = None,
         reach: Int[Tensor, "batch time"] | None = None,

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from gpt2lab.model.activation import ACTIVATIONS, Activation
 
+FEW_ROWS = 256
+"""Rows up to which the experts of a decoding model on a GPU need no kernel of their own."""
+
 
 class Routing:
     """What the routers of one forward pass decided, layer by layer. Passed to the model, whose layers append to it.
@@ -76,9 +79,18 @@ class GroupedLinear(nn.Module):
                 member = groups.repeat_interleave(counts, output_size=len(x))[:, None] == groups
                 out = out + member.to(dtype) @ self.bias.to(dtype)  # a product: its gradient is summed in fp32
             return out
+        if x.is_cuda and len(x) <= FEW_ROWS and not torch.is_grad_enabled():
+            return self.by_all(x.to(dtype), counts)
         biases = self.bias if self.bias is not None else [None] * len(self.weight)
         each = zip(x.split(counts.tolist()), self.weight, biases, strict=True)
         return torch.cat([F.linear(rows, weight, bias) for rows, weight, bias in each])
+
+    def by_all(self, x: Float[Tensor, "row in"], counts: Int[Tensor, " expert"]) -> Float[Tensor, "row out"]:
+        """The same without asking for the counts: all groups work on all rows. Few rows wait for the weights anyway."""
+        rows = torch.arange(len(x), device=x.device)
+        groups = torch.searchsorted(counts.cumsum(0), rows, right=True)
+        out = (x @ self.weight.to(x.dtype).transpose(1, 2))[groups, rows]
+        return out if self.bias is None else out + self.bias[groups].to(x.dtype)
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether torch has one product for all groups here: it reads 16 bytes at a time."""

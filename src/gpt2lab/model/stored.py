@@ -44,7 +44,7 @@ class Stored:
     def select(self, rows: Int[Tensor, " row"]) -> Stored:
         """A copy with these texts of the batch, in this order."""
         chosen = object.__new__(type(self))
-        chosen.tensors = {name: x.index_select(0, rows) for name, x in self.tensors.items()}
+        chosen.tensors = {name: x.index_select(0, rows.to(x.device)) for name, x in self.tensors.items()}
         return chosen
 
     @property
