@@ -108,7 +108,10 @@ def add_to(table: Table) -> None:
 
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, number = text.partition("=")
-    return int(token_id), float(number)
+    try:
+        return int(token_id), float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token id = number, such as 50256=-inf") from None
 
 
 def generate(arguments: argparse.Namespace) -> None:

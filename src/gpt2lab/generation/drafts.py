@@ -64,6 +64,8 @@ class Statistics:
 
     def __str__(self) -> str:
         """For people."""
+        if not self.proposed:
+            return f"none was worth checking: it would have to be right from {self.break_even:.0%} on"
         return (
             f"{self.accepted:,} of {self.proposed:,} proposed tokens accepted, {self.tokens_per_step:.2f} tokens a step; "
             f"{self.acceptance:.0%} of those tested were right, and it pays from {self.break_even:.0%} on: "

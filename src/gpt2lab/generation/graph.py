@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gpt2lab.generation.filters import distribution
 from gpt2lab.generation.sampling import Sampler, draw
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.slots import Slots, StaticCache
@@ -145,7 +146,11 @@ class Step:
 
 def choose(sampler: Sampler, logits: Logits, numbers: Float[Tensor, " slot"]) -> Int[Tensor, " slot"]:
     """What ``Sampler.choose`` chooses, without waiting: where it would raise, the token is `NOT_FINITE`."""
-    chosen = logits.argmax(-1) if sampler.greedy else draw(sampler.probabilities(logits), numbers)
+    if sampler.greedy:
+        chosen = logits.argmax(-1)
+    else:
+        limits = sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p
+        chosen = draw(distribution(logits, *limits), numbers)
     return chosen.masked_fill(~(logits.amax(-1) < torch.inf), NOT_FINITE)
 
 

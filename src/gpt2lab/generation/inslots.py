@@ -137,7 +137,12 @@ def suits(model: GPT2) -> bool:
 
 
 def may_come(text: Text) -> bool:
-    """Whether all but the newest token is read, and neither a draft nor what was said before decides the next one."""
-    reading = text.reading
-    asks = text.draft is not None or text.request.sampler.needs_seen or text.request.log_probabilities is not None
-    return not asks and reading is not None and reading.cache is not None and reading.unread == 1
+    """Whether all but the newest token is read, and its logits alone decide the next one."""
+    reading, sampler = text.reading, text.request.sampler
+    asks = text.draft is not None or text.request.log_probabilities is not None
+    return (
+        not (asks or sampler.needs_seen or sampler.logit_bias)
+        and reading is not None
+        and reading.cache is not None
+        and reading.unread == 1
+    )
