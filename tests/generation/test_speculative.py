@@ -32,6 +32,7 @@ SAMPLERS = {
     "penalties": Sampler(0.9, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.2),
     "biased": Sampler(1.2, logit_bias=((3, -math.inf), (7, 2.0))),
 }
+unchecked = pytest.mark.usefixtures("unchecked_shapes")  # three quarters of the time; other tests here are checked
 Rule = Callable[[Tensor, Tensor, int, Tensor, Tensor], int]
 
 
@@ -42,16 +43,17 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 # --- Greedy: the same tokens ------------------------------------------------------------------------------------------
 
 
+@unchecked
 @each_variant
 def test_greedy_text_is_the_same_with_every_draft(variant: dict[str, Any]) -> None:
     model, other = build(variant).eval(), build(variant, seed=1).eval()
-    request = Request(prompt(9) * 2, 24, GREEDY)
+    request = Request(prompt(9) * 2, 20, GREEDY)
     [text] = write(model, request)
     kinds = all_kinds(model, other, text)
     assert write(model, request, 7, kinds) == [text] * 7
     _, by_chance, always, partly = kinds.outcomes
-    assert sum(accepted for _, accepted in by_chance) < 5 < sum(proposed for proposed, _ in by_chance)
-    assert always == [(15, 15), (6, 6)], "24 are 1 by the prompt, 15 + 1, and 6 + 1"
+    assert sum(accepted for _, accepted in by_chance) < 4 < sum(proposed for proposed, _ in by_chance)
+    assert always == [(15, 15), (2, 2)], "20 are 1 by the prompt, 15 + 1, and 2 + 1"
     assert len({proposed - accepted for proposed, accepted in partly}) > 2, "rollbacks of several lengths"
 
 
@@ -69,11 +71,12 @@ HARD = {
 }
 
 
+@unchecked
 @each(HARD)
 def test_greedy_text_is_the_same_for_any_prompt_and_rollback(variant: dict[str, Any]) -> None:
     model, other = build(variant).eval(), build(variant, seed=1).eval()
 
-    @settings(max_examples=8)
+    @settings(max_examples=4)
     @given(st.lists(st.integers(0, 60), min_size=1, max_size=70), st.integers(1, 60), st.integers(0, 99))
     def same(prompt_ids: list[int], count: int, seed: int) -> None:
         request = Request(prompt_ids, count, GREEDY)
@@ -84,6 +87,7 @@ def test_greedy_text_is_the_same_for_any_prompt_and_rollback(variant: dict[str, 
     same()
 
 
+@unchecked
 @pytest.mark.parametrize("past_end", ["stop", "slide"])
 def test_greedy_text_is_the_same_where_learned_positions_end(past_end: Any) -> None:
     model, other = build(SHAPE | {"max_seq_len": 16}).eval(), build(SHAPE | {"max_seq_len": 12}, seed=1).eval()
@@ -123,6 +127,7 @@ def test_a_cancelled_text_leaves_the_others_as_they_are() -> None:
 # --- Drawn, by proposals that are certain: the same text for the same seed --------------------------------------------
 
 
+@unchecked
 @pytest.mark.parametrize("how", SAMPLERS)
 @each({name: VARIANTS[name] for name in ("learned-mha-full", "modern")})
 def test_drawn_text_is_the_same_for_the_same_seed(variant: dict[str, Any], how: str) -> None:
@@ -201,7 +206,7 @@ def test_a_wrong_rule_writes_another_distribution(how: str) -> None:
     assert outcome(WRONG[how], p, p) == p  # where the draft is the model, every rule is right
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked
 def test_the_rule_writes_the_distribution_of_many_tokens() -> None:
     """20,000 pairs of tokens, by random distributions over 8 that depend on the token before; and so by wrong rules."""
     chance = random.Random(0)
@@ -215,7 +220,7 @@ def test_the_rule_writes_the_distribution_of_many_tokens() -> None:
 
     for how, rule in {"right": accept_or_redraw, **WRONG}.items():
         counts = torch.zeros(64)
-        for _ in range(20_000 if how == "right" else 2_000):
+        for _ in range(20_000 if how == "right" else 1_000):
             first = second(rule, 8)
             counts[8 * first + second(rule, first)] += 1
         assert (unlikely(counts, expected) > 0.001) == (how == "right"), how
@@ -234,33 +239,34 @@ def unlikely(counts: Tensor, expected: Tensor) -> float:
 TINY = {"vocab_size": 8, "max_seq_len": 16, "embed_dim": 8, "num_heads": 2, "ff_hidden_dim": 8, "num_layers": 2}
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
+@unchecked
 @pytest.mark.parametrize("how", ["right", *WRONG])
 def test_the_engine_writes_the_distribution_of_the_model(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tokens, of which a draft model proposes the last two; the penalty is that of their own prefix."""
+    """The second and third token, which a draft model proposes together; penalties are those of what was drafted before."""
     model, other = build(TINY).eval(), build(TINY | {"num_layers": 1}, seed=1).eval()
-    sampler, prompt_ids = Sampler(1.5, top_k=6, repetition_penalty=1.5), [1, 2]
-    expected = torch.zeros(8, 8, 8).double()
+    sampler, prompt_ids = Sampler(0.7, top_k=6, repetition_penalty=1.5), [1, 2]
+
+    @torch.no_grad()
+    def probabilities(*text: int) -> Tensor:
+        logits = model(torch.tensor([[*prompt_ids, *text]]))[:, -1]
+        return sampler.probabilities(logits, [Seen(prompt_ids).extended(text)])[0]
+
+    expected = torch.zeros(8, 8).double()
     for first, second in itertools.product(range(8), repeat=2):
-        row = torch.ones(()).double()
-        for place, token in enumerate([first, second, None]):
-            seen = Seen(prompt_ids).extended([first, second][:place])
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt_ids, first, second][: 2 + place]]))[:, -1]
-            probabilities = sampler.probabilities(logits, [seen])[0]
-            row = row * (probabilities if token is None else probabilities[token])
-        expected[first, second] = row
-    assert expected.sum().item() == pytest.approx(1)
+        expected[second] += probabilities()[first] * probabilities(first)[second] * probabilities(first, second)
     if how != "right":
         monkeypatch.setattr(speculative, "accept_or_redraw", WRONG[how])
-    counts, drafts = torch.zeros(8, 8, 8), ModelDrafts(other, model, FREE)
-    for written in write(model, Request(prompt_ids, 3, sampler), 2000 if how == "right" else 500, drafts):
-        counts[tuple(written)] += 1
-    print(f"{how}: {drafts.statistics}")
+    counts, drafts = torch.zeros(8, 8), ModelDrafts(other, model, FREE)
+    for _, *second_and_third, _ in write(
+        model, Request(prompt_ids, 4, sampler), 1500 if how == "right" else 500, drafts
+    ):
+        counts[tuple(second_and_third)] += 1
+    print(f"{how}: {unlikely(counts.flatten(), expected.flatten()):.2g}, {drafts.statistics}")
     assert 0.2 < drafts.statistics.acceptance < 0.9 or how == "accept always"
     assert (unlikely(counts.flatten(), expected.flatten()) > 0.001) == (how == "right")
 
 
+@unchecked
 @each(HARD)
 def test_a_drafted_text_does_not_depend_on_what_is_written_beside_it(variant: dict[str, Any]) -> None:
     model, other = build(variant).eval(), build(variant, seed=1).eval()

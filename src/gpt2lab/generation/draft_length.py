@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 
 from gpt2lab.generation.drafts import Statistics
 
 LONGEST = 15
 """Tokens in a proposal, at the most."""
 MEMORY = 0.95
-"""What a test weighs after the next one: about twenty tests count."""
+"""What a test weighs after the next one, for a model's proposals: about twenty tests count."""
 FIRST_WEIGHT = 2.0
 """Tests that the first guess counts for."""
 FIRST_PAUSE, LONGEST_PAUSE = 32, 512
@@ -41,21 +43,27 @@ class Costs:
         return 1 + self.checking + proposed * (self.checking_each + self.proposing_each) if proposed else 1.0
 
     def best(self, acceptance: float) -> int:
-        """The length that writes most tokens for its cost, where each token is accepted as often; 0: none pays.
-
-        Of k tokens proposed, ``a + a**2 + ... + a**k`` are accepted (Leviathan et al. 2023, equation 1).
-        """
-        best, fastest, tokens = 0, 1.0, 1.0
-        for length in range(1, LONGEST + 1):
-            tokens += acceptance**length
-            if tokens / self.step(length) > fastest:
-                best, fastest = length, tokens / self.step(length)
-        return best
+        """The length that writes most tokens for its cost, if each token is accepted as often; 0: none pays."""
+        return best_lengths(self)[round(100 * acceptance)]
 
     @property
     def break_even(self) -> float:
-        """The acceptance from which any length pays, to a thousandth; above 1 if none ever does."""
-        return next((a / 1000 for a in range(1001) if self.best(a / 1000)), 1.001)
+        """The acceptance from which any length pays, to a hundredth; above 1 if none ever does."""
+        return next((hundredth / 100 for hundredth, best in enumerate(best_lengths(self)) if best), 1.01)
+
+
+@cache
+def best_lengths(costs: Costs) -> list[int]:
+    """For each hundredth of acceptance, from 0 to 1, the length that pays most.
+
+    Of k tokens proposed, ``a + a**2 + ... + a**k`` are accepted (Leviathan et al. 2023, equation 1).
+    """
+    lengths = []
+    for acceptance in (hundredth / 100 for hundredth in range(101)):
+        written = accumulate(acceptance**count for count in range(LONGEST + 1))
+        gains = [tokens / costs.step(length) for length, tokens in enumerate(written)]
+        lengths.append(gains.index(max(gains)))
+    return lengths
 
 
 class DraftLength:
@@ -68,10 +76,13 @@ class DraftLength:
         statistics: where everything is counted.
         acceptance: the first guess; None: so much above break-even that two or three failures of a dear draft, or ten of a
             cheap one, turn it off: about the cost of one step.
+        memory: what a test weighs after the next one.
     """
 
-    def __init__(self, costs: Costs, statistics: Statistics, acceptance: float | None = None) -> None:
-        self.costs, self.statistics = costs, statistics
+    def __init__(
+        self, costs: Costs, statistics: Statistics, acceptance: float | None = None, memory: float = MEMORY
+    ) -> None:
+        self.costs, self.statistics, self.memory = costs, statistics, memory
         self.guess = (1 + statistics.break_even) / 2 if acceptance is None else acceptance
         self.pause, self.paused = FIRST_PAUSE, 0
         self._begin()
@@ -95,7 +106,7 @@ class DraftLength:
 
     def learn(self, tested: int, accepted: int) -> None:
         """So many tokens were accepted of those that were put to the test."""
-        fading = MEMORY**tested
+        fading = self.memory**tested
         self.hits, self.tests = self.hits * fading + accepted, self.tests * fading + tested
 
     def count_step(self, proposed: int) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SIZES = (4, 3, 2)
 """Tokens that must agree; the longest that were there before decide."""
+MEMORY = 0.8
+"""What a test weighs after the next one: about five tests count, since a text begins and ends to repeat all at once."""
 
 
 class NgramDraft:
@@ -75,4 +77,4 @@ class NgramDrafts:
 
     def start(self, request: Request, sample: int) -> NgramDraft:
         """As in `Drafts`."""
-        return NgramDraft(DraftLength(self.costs, self.statistics, acceptance=0.0))
+        return NgramDraft(DraftLength(self.costs, self.statistics, acceptance=0.0, memory=MEMORY))
