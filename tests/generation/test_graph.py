@@ -20,6 +20,8 @@ from gpt2lab.model.moe import GroupedLinear
 from tests.model.test_variants import SHAPE, VARIANTS, build, each, each_variant, tokens
 
 GREEDY, DRAWN = Sampler(0), Sampler(1.0, top_k=20)
+QUICKLY = pytest.mark.usefixtures("unchecked_shapes")
+"""For what takes long: the checks take most of the time, and see the same in the other tests."""
 A_FEW = {name: VARIANTS[name] for name in ("learned-mha-full", "rope-gqa-windows-3-7", "rope-mqa-window-4-full")}
 
 
@@ -44,17 +46,19 @@ def write(
     return [text.token_ids for text in texts]
 
 
+@QUICKLY
 @each_variant
 def test_texts_of_many_lengths_are_those_of_the_other_path(variant: dict[str, Any]) -> None:
     model = build(variant).eval()
-    requests = [Request(prompt(n, seed=n), 20, GREEDY if n % 2 else DRAWN, seed=n) for n in (3, 40, 90)]
+    requests = [Request(prompt(n, seed=n), 20, GREEDY if n % 2 else DRAWN, seed=n) for n in (4, 41)]
     written = write(model, requests, static=True)
     assert written == write(model, requests, static=False)
-    assert [len(row) for row in written] == [20] * 3
-    [other] = write(model, [replace(requests[1], seed=9)], static=True)
-    assert other != written[1]
+    assert [len(row) for row in written] == [20] * 2
+    [other] = write(model, [replace(requests[0], seed=9)], static=True)
+    assert other != written[0]
 
 
+@QUICKLY
 @pytest.mark.parametrize("samplers", [[DRAWN] * 5, [GREEDY] * 5, [GREEDY, DRAWN, Sampler(0.5), DRAWN, Sampler(2.0)]])
 def test_texts_that_are_drawn_alike_and_otherwise(samplers: list[Sampler]) -> None:
     model = build(VARIANTS["rope-gqa-window-4-full"]).eval()
@@ -66,6 +70,7 @@ def test_texts_that_are_drawn_alike_and_otherwise(samplers: list[Sampler]) -> No
     )
 
 
+@QUICKLY
 @each(A_FEW)
 def test_more_tokens_and_texts_than_there_was_room_for(
     variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -118,6 +123,7 @@ def test_texts_that_need_more_than_logits_are_read_beside_the_others() -> None:
     assert silent.token_ids == tells.token_ids and len(silent.token_ids) == 30
 
 
+@QUICKLY
 def test_whatever_is_cancelled_the_others_are_their_own() -> None:
     model, pick = build(VARIANTS["rope-gqa-window-4-full"]).eval(), random.Random(0)
     requests = [Request(prompt(pick.randint(1, 60), n), pick.randint(20, 50), DRAWN, seed=n) for n in range(16)]
@@ -160,9 +166,9 @@ def ask_for_shapes_alone(variant: dict[str, Any]) -> None:
         model = GPT2(**variant).eval() if experts else GPT2(**variant).to("meta").eval()
         step = Step(model)
         step.reserve(3, 200)
-        for sampler in (GREEDY, Sampler(0.7, top_k=5, top_p=0.9), None):
+        for sampler in (GREEDY, Sampler(0.7, top_k=5, top_p=0.9)):
             assert step.once(4, 256, sampler).shape == (4, SHAPE["vocab_size"])
-        assert step.run([GREEDY, None, DRAWN], torch.zeros(5, 3, dtype=torch.float64), 200).shape == (5, 3)
+        assert step.run([GREEDY, None, DRAWN], torch.zeros(2, 3, dtype=torch.float64), 200).shape == (2, 3)
 
 
 @each_variant

@@ -64,6 +64,7 @@ def one_late(ring: Ring, positions: Tensor, places: int) -> Tensor:
     return newest - (newest + 1 - torch.arange(places, device=positions.device)) % ring.length
 
 
+@pytest.mark.usefixtures("unchecked_shapes")  # they take most of the time, and see the same in the other tests
 @each_variant
 @torch.no_grad()
 def test_texts_in_slots_are_each_one_forward_pass(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

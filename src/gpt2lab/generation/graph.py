@@ -7,6 +7,7 @@ kernels for one call, and many steps behind one another before anybody looks at 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ NOT_FINITE = -2
 """Stands for a token where a logit is NaN or infinite: only the host can raise."""
 WARM_UPS = 3
 """Runs before a capture: libraries choose kernels and take memory in the first."""
-MOST_COMPILED = 1024
+MOST_COMPILED = 256
 """Graphs that torch.compile may make of one model: one for each pair of buckets."""
 
 Logits = Float[Tensor, "slot vocab"]
@@ -44,7 +45,7 @@ class Step:
     """
 
     def __init__(self, model: GPT2, *, compiled: bool = False) -> None:
-        self.model = model
+        self.model, self.compiled = model, compiled
         self.forward: Callable[..., Tensor] = torch.compile(model, dynamic=False) if compiled else model
         self.slots = Slots(model.new_cache(1, 1), 1, SMALLEST_BUCKET, model.max_seq_len if self._learned else None)
         self.token_ids = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -81,22 +82,20 @@ class Step:
         """
         self.reserve(len(samplers), longest)
         count, bucket = doubled(1, len(samplers)), min(doubled(SMALLEST_BUCKET, longest), self.slots.capacity)
-        device, slots = self.token_ids.device, range(len(samplers))
-        rows = {
-            sampler: torch.tensor([slot for slot in slots if samplers[slot] == sampler], device=device)
-            for sampler in dict.fromkeys(samplers)
-            if sampler is not None
-        }
+        distinct = [sampler for sampler in dict.fromkeys(samplers) if sampler is not None]
         # Where all are drawn alike, it is part of the graph. If not, kernels for each way follow it, and nobody waits either.
-        alike = next(iter(rows)) if len(rows) == 1 else None
+        alike = distinct[0] if len(distinct) == 1 else None
+        slots = {
+            sampler: [s for s, its in enumerate(samplers) if its == sampler] for sampler in distinct if alike is None
+        }
+        members = {sampler: torch.tensor(its, device=self.token_ids.device) for sampler, its in slots.items()}
         launch = self._launch(count, bucket, alike)
         chosen = self.token_ids.new_zeros(numbers.shape)
-        for step, numbers_now in enumerate(numbers.to(device)):
+        for step, numbers_now in enumerate(numbers.to(self.token_ids.device)):
             self.numbers[: len(samplers)].copy_(numbers_now)
             logits = launch()
-            if alike is None:
-                for sampler, members in rows.items():
-                    self.token_ids[members] = choose(sampler, logits[members], self.numbers[members])
+            for sampler, its in members.items():
+                self.token_ids[its] = choose(sampler, logits[its], self.numbers[its])
             chosen[step] = self.token_ids[: len(samplers)]
         return chosen
 
@@ -115,7 +114,8 @@ class Step:
             return lambda: self.once(count, bucket, sampler)
         key = (count, bucket, sampler)
         if key not in self.launches:
-            with torch.cuda.device(self.model.device), torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+            many = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED) if self.compiled else nullcontext()
+            with torch.cuda.device(self.model.device), many:
                 self.launches[key] = self._capture(lambda: self.once(count, bucket, sampler))
         return self.launches[key]
 
@@ -126,10 +126,8 @@ class Step:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(
-                WARM_UPS
-            ):  # from the same place each time: they write the keys that the step itself will write
-                once()
+            for _ in range(WARM_UPS):
+                once()  # from the same place each time: it writes the keys that the step itself will write
                 for x, old in zip(state, before, strict=True):
                     x.copy_(old)
         torch.cuda.current_stream().wait_stream(side)
