@@ -27,7 +27,7 @@ __all__ = [
 
 _HOMES = {
     "GPT2": "model.gpt2", "GPT2Config": "config", "GroupQueryAttention": "model.attention", "RotaryEmbedding": "model.rope",
-    "RunConfig": "config", "Sample": "generation.samples", "Tokenizer": "tokenizer", "generate": "generation.generate",
+    "RunConfig": "config", "Sample": "generation.samples", "Tokenizer": "tokenizer", "generate": "generation.samples",
     "load_model": "weights", "load_tokenizer": "weights",
 }  # fmt: skip
 
