@@ -18,8 +18,8 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear(nn.Module):
     """``x @ weight.T + bias`` for reading. A row's result is the same, to the bit, with whatever rows it is computed.
 
-    `F.linear` adds up in an order that depends on the number of rows. oneDNN does so too for a single row, whose sums it
-    may share out between threads; so a single row is computed twice.
+    `F.linear` adds up in an order that depends on the number of rows. With this layout oneDNN does so only for a single row,
+    and not with every shape: it is tried once, on as many threads as then. Where it does, a single row is computed twice.
 
     Args:
         weight: one that `can_pack`; it is copied, and not changed.
@@ -32,9 +32,12 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
         self.product = torch.ops.mkldnn._linear_pointwise.default
         self.bias = None if bias is None else bias.detach()
+        trial = torch.randn(4, self.in_features, generator=torch.Generator().manual_seed(0))
+        singly = torch.cat([self._multiply(row) for row in trial.split(1)])
+        self.alone_differs = not torch.equal(singly, self._multiply(trial))
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        if x.numel() == self.in_features:  # a single row
+        if self.alone_differs and x.numel() == self.in_features:  # a single row
             return self._multiply(x.reshape(1, -1).expand(2, -1))[0].view(*x.shape[:-1], -1)
         return self._multiply(x)
 
