@@ -96,7 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [option for sub in _parsers(parser) for option in sub._option_string_actions]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1)
+        typed = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(typed, [option for option in options if option != typed], n=1)
         fix = f"perhaps you meant {near[0]}" if near else "`gpt2lab COMMAND --help` shows what there is"
         raise ConfigError("unknown argument", where=unknown[0], cause="this command does not take it", fix=fix)
     return known

@@ -26,8 +26,8 @@ BF16_MUST_WIN_BY = 1.2
 """auto takes the coarser numbers only where they are clearly faster."""
 
 
-def choose_device(name: str) -> torch.device:
-    """The device a recipe names; auto: cuda, then mps, then cpu.
+def choose_device(name: str, flag: str = "system.device") -> torch.device:
+    """The device that a recipe or a `flag` names; auto: cuda, then mps, then cpu.
 
     Raises:
         ConfigError: it is not on this machine.
@@ -37,7 +37,7 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, there in present.items() if there)
     if not present[name]:
         cause = f"torch finds no {name} device on this machine"
-        raise ConfigError("no such device", where="system.device", cause=cause, fix="--system.device=auto")
+        raise ConfigError("no such device", where=flag, cause=cause, fix=f"--{flag}=auto")
     return torch.device(name)
 
 

@@ -12,6 +12,7 @@ from gpt2lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from gpt2lab.generation.samples import Sample
+    from gpt2lab.model.gpt2 import GPT2
 
 
 def add_to(table: Table) -> None:
@@ -81,6 +82,7 @@ def add_to(table: Table) -> None:
     command.add_argument(
         "--quantize", choices=("int8", "int4"), help="weights in eight bits, or most of them in four, on a CPU"
     )
+    _add_place(command)
     command.add_argument(
         "--cache", choices=("bf16", "int8"), help="keys and values in fewer bits (default: as the weights)"
     )
@@ -95,6 +97,7 @@ def add_to(table: Table) -> None:
         "--num-tokens", type=int, default=128, help="read and written, each time (default: %(default)s)"
     )
     command.add_argument("--quantize", choices=("int8", "int4"), help="of the model in so many bits")
+    _add_place(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
     command = table.add("eval", evaluate, "measure a model on text")
@@ -104,6 +107,15 @@ def add_to(table: Table) -> None:
     command.add_argument("--stride", type=int, help="tokens from window to window (default: a whole context)")
     command.add_argument("--quantize", choices=("int8", "int4"), help="of the model in so many bits")
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU where there is one)"
+    )
+    command.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: bf16 on a GPU, fp32 elsewhere)"
+    )
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -118,15 +130,20 @@ def generate(arguments: argparse.Namespace) -> None:
     import time
 
     from gpt2lab.generation.draft_names import drafts_for
-    from gpt2lab.generation.prepare import for_reading
     from gpt2lab.generation.samples import generate_all
     from gpt2lab.weights import open_model
 
     model, tokenizer = open_model(arguments.model)
-    reader = for_reading(model, arguments.quantize)
-    drafts = None
-    if arguments.draft:
-        drafts = drafts_for(arguments.draft, reader, lambda name: for_reading(open_model(name)[0], arguments.quantize))
+    reader = _placed(arguments, model)
+
+    def open_draft(name: str) -> GPT2:
+        draft, its_tokenizer = open_model(name)
+        if its_tokenizer.to_json() != tokenizer.to_json():
+            cause = "its tokenizer is another one than the model's"
+            raise ConfigError("draft does not fit", where="--draft", cause=cause, fix="take one with the same tokens")
+        return _placed(arguments, draft)
+
+    drafts = drafts_for(arguments.draft, reader, open_draft) if arguments.draft else None
     shown: list[str] = []  # the prompt is shown with the first of the text: what is refused shows nothing
 
     def show(text: str) -> None:
@@ -173,6 +190,12 @@ def generate(arguments: argparse.Namespace) -> None:
         print(f"drafts: {drafts.statistics}", file=sys.stderr)
 
 
+def _placed(arguments: argparse.Namespace, model: GPT2) -> GPT2:
+    from gpt2lab.generation.prepare import placed
+
+    return placed(model, arguments.device, arguments.precision, arguments.quantize)
+
+
 def _search(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[list[Sample]]:
     """The likeliest continuations, in place of drawn ones."""
     from gpt2lab.generation.samples import search
@@ -210,14 +233,13 @@ def _print_samples(written: list[tuple[str, list[Sample]]], seconds: float) -> N
 
 def selftest(arguments: argparse.Namespace) -> None:
     from gpt2lab.errors import NumbersError
-    from gpt2lab.generation.prepare import for_reading
     from gpt2lab.generation.selftest import selftest as compare
     from gpt2lab.weights import open_model
 
     if arguments.num_tokens < 2:
         cause = f"{arguments.num_tokens} cannot be read in parts"
         raise ConfigError("bad number", where="--num-tokens", cause=cause, fix="such as 128")
-    model = for_reading(open_model(arguments.model)[0], arguments.quantize)
+    model = _placed(arguments, open_model(arguments.model)[0])
     findings = []
     for finding in compare(model, arguments.num_tokens):
         findings.append(finding)
