@@ -18,14 +18,17 @@ $(READY): pyproject.toml constraints.txt
 demo: setup  ## train GPT-2 four ways and report what each change costs and buys
 	$(BIN)/gpt2lab demo
 
+# A file on each core, with one thread: the models of the tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: setup  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: setup  ## everything a commit must pass
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: setup
 	$(BIN)/ruff format
