@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt2lab import checkpoint
 from gpt2lab.config import GPT2Config, RunConfig
 from gpt2lab.distributed import Ranks, join
-from gpt2lab.errors import Interrupted, LabError, is_out_of_memory
+from gpt2lab.errors import Interrupted, LabError, NumbersError, is_out_of_memory
 from gpt2lab.evaluate.perplexity import Perplexity, held_out_passages
 from gpt2lab.evaluate.scoring import token_losses
 from gpt2lab.feed import await_text, remove_blocks
@@ -268,7 +268,10 @@ def sample(run: Run) -> None:
     if not (run.ranks.main or run.config.system.strategy == "fsdp"):
         return
     prompt = run.config.sample_prompt
-    [written] = generate(run.model, run.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, seed=run.config.seed)
+    try:
+        [written] = generate(run.model, run.tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, seed=run.config.seed)
+    except NumbersError:  # the next loss says so too, and what to do about it
+        return
     if run.ranks.main:
         run.samples.append({"step": run.step, "prompt": prompt, "text": written.text})
 
