@@ -87,9 +87,12 @@ def test_a_planted_fault_is_found(plant: Callable[[pytest.MonkeyPatch], None], m
     assert failing(model) == []
     plant(monkeypatch)
     findings: list[Finding] = []
-    with suppress(ValueError):  # a cache that is too full to go on: what was found before tells
+    ended = False
+    with suppress(ValueError):  # a cache that is too full to go on has told already
         findings.extend(selftest(model, 40))
-    assert any(FAULTS[plant] in finding.name for finding in findings if not finding.passed)
+        ended = True
+    assert ended or plant is forgets_to_roll_back
+    assert not ended or any(FAULTS[plant] in finding.name for finding in findings if not finding.passed)
 
 
 def test_fewer_bits_are_judged_by_what_they_can_tell() -> None:
