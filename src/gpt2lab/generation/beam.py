@@ -69,7 +69,8 @@ def beam_search(
     sums = torch.zeros(1, dtype=torch.float64, device=model.device)
     finished: list[Beam] = []
     for length in range(1, steps + 1):
-        logits = model(token_ids, cache=cache)[:, -1]
+        last = torch.tensor([token_ids.shape[1] - 1], device=model.device)
+        logits = model(token_ids, cache=cache, wanted=last)[:, 0]
         likeliest(logits)
         totals = (sums[:, None] + logits.double().log_softmax(-1)).flatten()
         best = totals.topk(min(2 * num_beams, len(totals)))

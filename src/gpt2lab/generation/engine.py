@@ -36,10 +36,12 @@ class Part:
 
     Attributes:
         text_ids: tokens that are certain; the proposal's follow them.
+        likeliest: as `Request.likeliest` of the text.
     """
 
     reading: Reading
     text_ids: Sequence[int]
+    likeliest: int | None
     proposal: Proposal | None = None
 
     @property
@@ -134,7 +136,7 @@ class Engine:
         reading = [prompt for prompt in self.prompts if prompt.logits is None]
         reading = reading[: max(0, self.max_texts - len(self.running))]
         for prompt in reading:
-            part = Part(prompt.reading, prompt.reading.next_part())
+            part = Part(prompt.reading, prompt.reading.next_part(), prompt.texts[0].request.likeliest)
             if len(part.token_ids) > room:
                 break
             parts.append(part)
@@ -154,11 +156,12 @@ class Engine:
         reading = _reading(text)
         token_ids = reading.next_part()
         if text.draft is None or reading.unread > 1:
-            return Part(reading, token_ids)
+            return Part(reading, token_ids, text.request.likeliest)
         room = min(LONGEST_DRAFT, text.left - 1)
         if reading.limit is not None:
             room = min(room, reading.limit - reading.read - len(token_ids))
-        return Part(reading, token_ids, text.draft.propose(reading.token_ids, room) if room > 0 else None)
+        proposal = text.draft.propose(reading.token_ids, room) if room > 0 else None
+        return Part(reading, token_ids, text.request.likeliest, proposal)
 
     def _read(self, parts: Sequence[Part]) -> list[Float[Tensor, "_ vocab"] | None]:
         """Let the model read; give what follows the newest token of each text and each token of its draft, or None where more
@@ -171,7 +174,10 @@ class Engine:
         places = [end - tell + i for end, tell in zip(accumulate(counts), tells, strict=True) for i in range(tell)]
         wanted = torch.tensor(places or [0], device=self.model.device)
         cache = caches[0] if len(caches) == 1 else SideBySide(caches, counts)
-        logits = self.model(torch.tensor([token_ids], device=self.model.device), cache=cache, wanted=wanted)[0]
+        most = [part.likeliest for part in parts]
+        likeliest = None if None in most else max(filter(None, most), default=1)
+        read = torch.tensor([token_ids], device=self.model.device)
+        logits = self.model(read, cache=cache, wanted=wanted, likeliest=likeliest)[0]
         split = logits[: len(places)].split(tells)
         return [rows if len(rows) else None for rows in split]
 
@@ -235,8 +241,10 @@ def choose_each(texts: Sequence[tuple[Text, Float[Tensor, "1 vocab"]]]) -> list[
     chosen = [0] * len(texts)
     for sampler, members in groups.items():
         rows = torch.cat([texts[index][1] for index in members])
-        numbers = torch.cat([texts[index][0].number() for index in members]).to(rows.device)
+        drawn = [texts[index][0].number() for index in members] if not sampler.greedy else [torch.zeros(len(members))]
         seen = [texts[index][0].seen for index in members] if sampler.needs_seen else None
-        for index, token_id in zip(members, sampler.choose(rows, numbers, seen).tolist(), strict=True):
+        for index, token_id in zip(
+            members, sampler.choose(rows, torch.cat(drawn).to(rows.device), seen).tolist(), strict=True
+        ):
             chosen[index] = token_id
     return chosen

@@ -17,6 +17,7 @@ from gpt2lab.generation.seen import Seen
 from gpt2lab.generation.speculative import uniform
 from gpt2lab.generation.texts import Reading, Request
 from gpt2lab.model.gpt2 import GPT2
+from gpt2lab.model.reading import ReadingGPT2
 from gpt2lab.plan import flops_per_token
 
 SMALLEST_CACHE = 256
@@ -89,8 +90,10 @@ class ModelDraft:
             if reading.read + len(part) > reading.cache.capacity:
                 reading.cache.reserve(max(2 * reading.cache.capacity, reading.read + len(part)))
             here = self.model.device
-            last = torch.tensor([len(part) - 1], device=here)
-            logits = self.model(torch.tensor([part], device=here), cache=reading.cache, wanted=last)[0]
+            last, likeliest = torch.tensor([len(part) - 1], device=here), self.request.likeliest
+            logits = self.model(
+                torch.tensor([part], device=here), cache=reading.cache, wanted=last, likeliest=likeliest
+            )[0]
             if not reading.unread:
                 return logits
 
@@ -150,7 +153,9 @@ def first_layers(model: GPT2, num_layers: int) -> GPT2:
         raise ConfigError("draft does not fit", where="--draft", cause=cause, fix=fix)
     windows = model.config.windows and model.config.windows[:num_layers]
     with torch.device("meta"):  # nothing is allocated: every part is then the model's
-        shallow = GPT2.from_config(replace(model.config, num_layers=num_layers, windows=windows))
+        shallow = type(model).from_config(replace(model.config, num_layers=num_layers, windows=windows))
     for name, part in model.named_children():
         setattr(shallow, name, nn.ModuleList(model.layers[:num_layers]) if name == "blocks" else part)
+    if isinstance(model, ReadingGPT2) and isinstance(shallow, ReadingGPT2):
+        shallow.step = model.step  # it reads as many layers as the caches have
     return shallow.train(model.training)

@@ -83,6 +83,13 @@ class Sampler:
         return self.temperature < COLDEST
 
     @property
+    def likeliest(self) -> int | None:
+        """How many of the largest logits decide which token comes; None: any may, or a penalty or a bias changes them."""
+        if self.needs_seen or self.logit_bias:
+            return None
+        return 1 if self.greedy else self.top_k
+
+    @property
     def needs_seen(self) -> bool:
         """Whether what a text has so far decides what comes next, by any penalty."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0

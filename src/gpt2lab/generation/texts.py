@@ -49,6 +49,11 @@ class Request:
     end_of_text: int | None = None
     log_probabilities: int | None = None
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens decide which is next, as the model's logits have them; None: any may."""
+        return None if self.log_probabilities is not None else self.sampler.likeliest
+
 
 def context_start(length: int, limit: int | None) -> int:
     """Where the context of the next token begins, after `length` tokens of which a model can see `limit` at once."""

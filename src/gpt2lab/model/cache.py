@@ -16,6 +16,9 @@ ROLLBACK = 32
 ONE_BY_ONE = 16
 """Up to so many new tokens are attended one by one on a CPU, as in decoding: what a draft is checked by are the same bits."""
 
+KEPT_IN = (torch.float32, torch.bfloat16, torch.int8)
+"""In the order of the numbers by which the loops of `step.cpp` know them."""
+
 New = Float[Tensor, "batch kv_head time dim"]
 Held = Float[Tensor, "batch kv_head key dim"]
 
@@ -86,6 +89,29 @@ class KVCache:
         ]
         return torch.cat(singly, dim=2)
 
+    def rooms(self, time: int) -> list[int]:
+        """Where the loops of `step.cpp` append `time` tokens themselves: of each text of the batch its `Room`, in numbers.
+
+        Raises:
+            ValueError: more tokens than the capacity asked for.
+        """
+        self.make_room(time)
+        batch_size, _, slots, _ = self.keys.shape
+        kept_in, rooms = KEPT_IN.index(self.keys.dtype), []
+        for row in range(batch_size):
+            (keys, key_scales), (values, value_scales) = self.keys.addresses(row), self.values.addresses(row)
+            rooms += [keys, values, key_scales, value_scales, kept_in, slots, self.length - self.start]
+        return rooms
+
+    def make_room(self, time: int) -> None:
+        """Have `time` more tokens, no more than `ROLLBACK`, fit behind those that are held.
+
+        Raises:
+            ValueError: more tokens than the capacity.
+        """
+        if self.length + time > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + time} do not fit")
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on.
 
@@ -140,8 +166,20 @@ class WindowCache(KVCache):
         """Tokens that a later query may look back at after a rollback."""
         return self.window - 1 + ROLLBACK
 
+    def make_room(self, time: int) -> None:
+        """As in `KVCache`; where the slots are used up, what a query can still reach moves to the first of them."""
+        super().make_room(time)
+        held = self.length - self.start
+        if held + time > self.keys.shape[2]:
+            kept = min(self.reach, held)
+            self.keys.move(held - kept, held)
+            self.values.move(held - kept, held)
+            self.start = self.length - kept
+
     def append(self, k: New, v: New) -> tuple[Held, Held, int]:
-        """As in `KVCache`; where the slots are used up, these queries see everything once more, then the tail is kept."""
+        """As in `KVCache`; of more tokens than there are slots, the tail is kept, and the queries see everything once more."""
+        if k.shape[2] <= ROLLBACK:
+            self.make_room(k.shape[2])
         if self.length + k.shape[2] - self.start <= self.keys.shape[2] or self.length + k.shape[2] > self.capacity:
             return super().append(k, v)
         held, start = self.length - self.start, self.start
@@ -173,6 +211,11 @@ class Cache:
     def length(self) -> int:
         """Tokens read so far."""
         return self.layers[0].length
+
+    @property
+    def batch_size(self) -> int:
+        """Texts in the batch."""
+        return self.layers[0].keys.shape[0]
 
     @property
     def capacity(self) -> int:

@@ -154,6 +154,7 @@ class GPT2(nn.Module):
         positions: Int[Tensor, "batch time"] | None = None,
         reach: Int[Tensor, "batch time"] | None = None,
         wanted: Int[Tensor, " place"] | None = None,
+        likeliest: int | None = None,
     ) -> Float[Tensor, "batch time vocab"] | Float[Tensor, "batch place vocab"] | Float[Tensor, "batch time"]:
         """Logits for the token after each one; or, with `targets`, each target's loss in nats.
 
@@ -164,6 +165,8 @@ class GPT2(nn.Module):
             positions: where each token stands, from 0 and below `time`; None: one after the other.
             reach: how many tokens each may see at most, itself included; None: all before it. A layer's window holds, too.
             wanted: the places in `time` whose logits are asked for; None: all.
+            likeliest: how many of the largest logits of each place are asked for: a model for reading may leave others at
+                -inf. None: all.
 
         Raises:
             ValueError: a position beyond what a model with learned positions has; `positions` or `reach` with a cache, which
@@ -171,6 +174,37 @@ class GPT2(nn.Module):
         """
         if cache is not None and not (positions is None and reach is None):
             raise ValueError("positions and reach are for texts that are read at once, without a cache")
+        x = self.hidden(token_ids, cache, routing, positions, reach)
+        if self.config.logit_softcap is not None:
+            likeliest = None  # the cap makes equals of what was not
+        logits = self.logits(x if wanted is None else x[:, wanted], likeliest)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits if targets is None else token_losses(logits, targets)
+
+    def hidden(
+        self,
+        token_ids: Int[Tensor, "batch time"],
+        cache: Cache | SideBySide | StaticCache | None = None,
+        routing: Routing | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        reach: Int[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        """The residual stream behind the last block; the arguments are those of `forward`."""
+        x, places = self.embed(token_ids, cache, positions)
+        x = self.dropout(x)
+        layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
+        for block, layer_cache in zip(self.layers, layer_caches, strict=True):
+            x = block(x, places, layer_cache, routing, reach)
+        return x
+
+    def embed(
+        self,
+        token_ids: Int[Tensor, "batch time"],
+        cache: Cache | SideBySide | StaticCache | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time embed"], Int[Tensor, "*each time"]]:
+        """Tokens as the first block gets them, and where they stand."""
         time = token_ids.shape[1]
         length = time if cache is None else cache.length_after(time)
         places = positions
@@ -182,19 +216,16 @@ class GPT2(nn.Module):
             if length > self.max_seq_len:
                 raise ValueError(f"{length} tokens, but learned positions end at max_seq_len {self.max_seq_len}")
             x = x + self.position_embedding(places)
-        x = self.dropout(x)
-        layer_caches = cache.layers if cache is not None else [None] * len(self.layers)
-        for block, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x = block(x, places, layer_cache, routing, reach)
-        if wanted is not None:
-            x = x[:, wanted]
-        # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
+        return x, places
+
+    def logits(
+        self, x: Float[Tensor, "batch time embed"], likeliest: int | None = None
+    ) -> Float[Tensor, "batch time vocab"]:
+        """What the head makes of the residual stream; the cap, if there is one, comes after it."""
         x = self.final_norm(x)
         logits = self.head(x) if self.head is not None else nn.functional.linear(x, self.token_embedding.weight)
-        logits = logits[..., : self.vocab_size]
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits if targets is None else token_losses(logits, targets)
+        # The rows that only pad the embedding are no tokens: they are cut off before anything is normalised.
+        return logits[..., : self.vocab_size]
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype | None = None) -> Cache:
         """An empty cache for sequences of up to `capacity` tokens. `dtype` is that of the weights unless given.

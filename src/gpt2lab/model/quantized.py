@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gpt2lab.model import native
+
 LEVELS = 255 if torch.cpu._is_vnni_supported() else 127
 """Steps between a row's lowest and highest number. Without VNNI the kernel adds two products in 16 bits, where those of 8-bit
 numbers would be cut off: 2 * 255 * 127 is above 32767, 2 * 127 * 127 is not (as torch's `reduce_range` does it)."""
@@ -46,7 +48,7 @@ class Int8Linear(nn.Module):
     loses 0.3% of perplexity at 125M with them, and 20% or more with one scale for all of `x`, or without the offset.
 
     Args:
-        weight: -127 to 127; it is packed for the kernel, and not kept.
+        weight: -127 to 127; where torch's kernel multiplies, and not the loops of `native`, it is packed, and not kept.
         scale: the size of a step, for each output.
     """
 
@@ -60,6 +62,13 @@ class Int8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.row_sums = weight.sum(dim=-1, dtype=torch.int64).float() * scale
+        self.bias = bias
+        self.native: native.Linear | None = None
+        if native.library() is not None:
+            self.weight, self.scale = weight.contiguous(), scale.contiguous()
+            self.native = native.Linear.of(self.weight, self.scale, self.row_sums, bias)
+            return
         self.step = 1 / levels
         with warnings.catch_warnings():  # torch warns that the type will go; its packed form has no other door yet
             warnings.simplefilter("ignore", UserWarning)
@@ -67,10 +76,10 @@ class Int8Linear(nn.Module):
             typed = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero_points, 0)
             self.packed = torch.ops.quantized.linear_prepack(typed, None)
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        self.row_sums = weight.sum(dim=-1, dtype=torch.int64).float() * scale
-        self.bias = bias
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        if self.native is not None:
+            return native.project(None, self.native, x)
         low, high = x.aminmax(dim=-1, keepdim=True)
         span = high - low
         # Where all numbers of a row are the same, this divides 0 by 0; whatever integers come of it count 0 times.

@@ -10,12 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gpt2lab.errors import ConfigError
+from gpt2lab.model import native
+from gpt2lab.model.cache import ONE_BY_ONE, Cache, SideBySide
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.mlp import MLP
-from gpt2lab.model.moe import GroupedLinear, MoE
+from gpt2lab.model.moe import GroupedLinear, MoE, Routing
 from gpt2lab.model.packed import PackedLinear, can_pack
 from gpt2lab.model.quantized import Int8Embedding, Int8Linear, dequantize, has_int8, quantize
 from gpt2lab.model.quantized4 import Int4Linear, dequantize4, fits_int4, quantize4
+from gpt2lab.model.slots import StaticCache
+from gpt2lab.model.step import Step
 
 Quantize = Literal["int8", "int4"]
 """What weights can be quantised to."""
@@ -24,12 +28,60 @@ SCALE = "_scale"
 BLOCKS, TABLES = ("_proj.weight",), ("token_embedding.weight", "head.weight")
 """How the names of the weights end that are quantised: not positions, norms, biases and routers, which are small."""
 
+FEW = ONE_BY_ONE
+"""New tokens of a text up to which its reading is bound by memory, and the loops of a step are the fastest way."""
 ALIGNED, SHARE = 64, 16384
 """Rows of which width end where torch's vectors do, and up to how many numbers it computes a nonlinearity in one thread."""
 
 
 class ReadingGPT2(GPT2):
-    """A GPT2 that computes logits and cannot be trained, converted or saved; made by `assemble`."""
+    """A GPT2 that computes logits and cannot be trained, converted or saved; made by `assemble`.
+
+    With a `step`, texts of which no more than `FEW` tokens are new go through its loops, all together, and any other text by
+    itself, so that what is computed for a text does not depend on the texts beside it.
+
+    Attributes:
+        step: None: the layers themselves serve.
+    """
+
+    step: Step | None = None
+
+    def hidden(
+        self,
+        token_ids: Int[Tensor, "batch time"],
+        cache: Cache | SideBySide | StaticCache | None = None,
+        routing: Routing | None = None,
+        positions: Int[Tensor, "batch time"] | None = None,
+        reach: Int[Tensor, "batch time"] | None = None,
+    ) -> Float[Tensor, "batch time embed"]:
+        if self.step is None or routing is not None or not isinstance(cache, Cache | SideBySide):
+            return super().hidden(token_ids, cache, routing, positions, reach)
+        if isinstance(cache, Cache):
+            texts, counts = [cache], [token_ids.shape[1]]
+        else:
+            texts, counts = list(cache.caches), cache.counts
+        if max(counts) <= FEW:
+            x, places = self.embed(token_ids, cache)
+            places = places.expand(token_ids.shape)
+            return self.step.read(x.flatten(0, 1), places.flatten(), texts, counts).view(x.shape)
+        if len(texts) == 1:
+            return super().hidden(token_ids, texts[0])
+        few = [text for text, count in enumerate(counts) if count <= FEW]
+        parts, found = token_ids.split(counts, dim=1), {}
+        if few:
+            together = SideBySide([texts[text] for text in few], [counts[text] for text in few])
+            x = self.hidden(torch.cat([parts[text] for text in few], dim=1), together)
+            found = dict(zip(few, x.split(together.counts, dim=1), strict=True))
+        for text in set(range(len(texts))) - set(few):
+            found[text] = self.hidden(parts[text], texts[text])
+        return torch.cat([found[text] for text in range(len(texts))], dim=1)
+
+    def logits(
+        self, x: Float[Tensor, "batch time embed"], likeliest: int | None = None
+    ) -> Float[Tensor, "batch time vocab"]:
+        if self.step is None:
+            return super().logits(x)
+        return self.step.logits(x.flatten(0, 1), likeliest).view(*x.shape[:-1], -1)
 
     def train(self, mode: bool = True) -> ReadingGPT2:
         """Stay in eval mode.
@@ -100,10 +152,12 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
     Args:
         shape: a model of that config; its own weights are not looked at.
         weights: by their names in the code, whole or as `quantize_weights` gives them.
-        pack: whether whole matrices are copied into oneDNN's layout, where it multiplies with them.
+        pack: whether what this machine reads fastest is made: a `Step`, or matrices in oneDNN's layout.
     """
-    if not has_int8():
+    if not has_int8() and native.library() is None:
         weights = whole(weights)
+    stepping = pack and native.library() is not None and not any(w.dtype == torch.uint8 for w in weights.values())
+    pack = pack and not stepping
     with torch.device("meta"):
         model = ReadingGPT2.from_config(shape.config)
 
@@ -135,7 +189,10 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
         model.head = head
     kept = {name: weights[name] for name, _ in model.named_parameters()}
     model.load_state_dict(kept | dict(model.named_buffers()), assign=True)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if stepping:
+        model.step = Step(model)
+    return model
 
 
 def quantize_weights(weights: Mapping[str, Tensor], to: Quantize) -> dict[str, Tensor]:

@@ -67,12 +67,18 @@ class RotaryEmbedding(nn.Module):
             return frequencies * (1 - squeezed) + frequencies / self.factor * squeezed
         return frequencies
 
+    def turns(
+        self, positions: Int[Tensor, "*each time"]
+    ) -> tuple[Float[Tensor, "*each time {self.dim//2}"], Float[Tensor, "*each time {self.dim//2}"]]:
+        """Cosine and sine of each pair's angle at each position, times the amplitude."""
+        angles = positions.float()[..., None] * self.frequencies(positions.device)
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+
     def forward(
         self, x: Float[Tensor, "batch head time {self.dim}"], positions: Int[Tensor, "*each time"]
     ) -> Float[Tensor, "batch head time {self.dim}"]:
         """Rotate `x`, each token by its position; `positions` are those of all sequences, or a row for each."""
-        angles = positions.float()[..., None, :, None] * self.frequencies(x.device)
-        cos, sin = (angles.cos() * self.amplitude).to(x.dtype), (angles.sin() * self.amplitude).to(x.dtype)
+        cos, sin = (turn[..., None, :, :].to(x.dtype) for turn in self.turns(positions))
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -25,6 +25,11 @@ class Stored:
         """(batch, kv_head, slots, dim)."""
         return self.tensors["numbers"].shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the numbers are kept in."""
+        return self.tensors["numbers"].dtype
+
     def write(self, slot: int, x: New) -> None:
         """Put `x` into the slots from `slot` on."""
         self.tensors["numbers"][:, :, slot : slot + x.shape[2]] = x
@@ -32,6 +37,16 @@ class Stored:
     def read(self, slots: int, dtype: torch.dtype) -> New:
         """What the first `slots` hold; what is already of that type is not copied."""
         return self.tensors["numbers"][:, :, :slots].to(dtype)
+
+    def move(self, begin: int, end: int) -> None:
+        """Copy what the slots from `begin` to `end` hold into the first ones."""
+        for x in self.tensors.values():
+            x[:, :, : end - begin] = x[:, :, begin:end].clone()
+
+    def addresses(self, row: int) -> tuple[int, int]:
+        """Where the numbers of a text of the batch begin, and their scales; 0: they have none."""
+        begins = {name: x.data_ptr() + row * x.stride(0) * x.element_size() for name, x in self.tensors.items()}
+        return begins["numbers"], begins.get("scales", 0)
 
     def resized(self, slots: int, held: int) -> Stored:
         """A larger copy, with what the first `held` slots hold."""
