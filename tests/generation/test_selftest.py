@@ -18,10 +18,7 @@ from tests.model.test_variants import VARIANTS, build, each
 
 unchecked = pytest.mark.usefixtures("unchecked_shapes")  # four fifths of the time; one test here is checked
 KINDS: tuple[Quantize | None, ...] = (None, "int8")
-HARD = {
-    name: VARIANTS[name]
-    for name in ("rope-gqa-windows-3-7", "rope-mqa-window-4-full", "learned-gqa-window-5-experts", "modern")
-}
+HARD = {name: VARIANTS[name] for name in ("rope-mqa-window-4-full", "learned-gqa-windows-3-7-experts", "modern")}
 LONG = 40
 """Tokens after which the longest text has moved the buffer of a window."""
 
@@ -39,10 +36,11 @@ def plain() -> GPT2:
 
 @unchecked
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_model_passes(name: str) -> None:
-    """Whole and in eight bits by turns: the columns of the table are of odd lengths, so each of its rows is met in both."""
+def test_every_model_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a few short texts; whole and in eight bits by turns: five or three rows follow one another, so all are met in both."""
+    monkeypatch.setattr(selftest_module, "PROMPT_LENGTHS", (1, 12, 5))
     kind = KINDS[list(VARIANTS).index(name) % 2]
-    assert failing(for_reading(build(VARIANTS[name]).eval(), kind), 12) == []
+    assert failing(for_reading(build(VARIANTS[name]).eval(), kind), 9) == []
 
 
 @unchecked
