@@ -4,6 +4,7 @@ A text is the same however it is cut into chunks, whatever wrong tokens were rea
 read or written beside it. Models prepared for reading say so to the bit, and others nearly.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +20,7 @@ from torch import Tensor
 from gpt2lab.generation import Engine, Request, Sampler
 from gpt2lab.generation.ngram import NgramDrafts
 from gpt2lab.generation.prepare import for_reading
+from gpt2lab.generation.texts import Text
 from gpt2lab.model.cache import ONE_BY_ONE, Cache, SideBySide
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.packed import can_pack
@@ -152,12 +154,15 @@ class Order:
     cancel_after: int | None
 
 
+FEW = Sampler(1.0, logit_bias=tuple((token, -math.inf) for token in range(3, 61)))
+"""Three tokens alone are possible, so that a text repeats itself whatever the model: there are drafts, and many are wrong."""
+
 orders = st.builds(
     lambda pattern, times, count, sampler, seed, *when: Order(Request(pattern * times, count, sampler, seed), *when),
     st.lists(st.integers(0, 60), min_size=1, max_size=12),
     st.integers(1, 4),
     st.integers(1, 16),
-    st.sampled_from([Sampler(0), Sampler(1.0, top_k=20), Sampler(0.3, repetition_penalty=1.2)]),
+    st.sampled_from([FEW, Sampler(0), Sampler(1.0, top_k=20), Sampler(0.3, repetition_penalty=1.2)]),
     st.integers(0, 9),
     st.integers(1, 2),
     st.integers(0, 6),
@@ -169,8 +174,9 @@ def assert_written_alike(name: str, kind: str, orders: list[Order], max_texts: i
     """Each text is the one that is written alone and without drafts, as far as it goes; returns the tokens drafted."""
     model, drafts = model_of(name, kind), NgramDrafts(FREE)
     engine = Engine(model, max_texts=max_texts, drafts=drafts)
-    placed = {}
-    for step in range(200):
+    placed: dict[int, list[Text]] = {}
+    step = 0
+    while len(placed) < len(orders) or engine.busy:
         for i, order in enumerate(orders):
             if step == order.at_step:
                 placed[i] = engine.submit(order.request, order.samples)
@@ -178,7 +184,8 @@ def assert_written_alike(name: str, kind: str, orders: list[Order], max_texts: i
                 for text in placed[i]:
                     engine.cancel(text)
         engine.step()
-    assert len(placed) == len(orders) and not engine.busy and not engine.held_bytes
+        step += 1
+    assert not engine.held_bytes
     for i, texts in placed.items():
         for text, row in zip(texts, write(model, orders[i].request, orders[i].samples), strict=True):
             assert text.token_ids == (row if text.finish_reason == "length" else row[: len(text.token_ids)])
@@ -194,16 +201,19 @@ def test_whatever_is_written_beside_a_text_it_is_its_own(
 
 
 MIXED = [
-    Order(Request([3, 1, 4] * 3, 12, Sampler(0)), 1, 0, None),
+    Order(Request([0, 1, 2] * 3, 14, FEW), 1, 0, None),
     Order(Request([5, 9, 2, 6] * 4, 9, Sampler(1.0, top_k=20), 1), 2, 1, None),
-    Order(Request([7] * 20, 16, Sampler(0)), 1, 0, 4),
+    Order(Request([7] * 20, 9, Sampler(0)), 1, 0, 4),
 ]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_model_writes_alike(name: str) -> None:
-    for kind in KINDS:
-        assert assert_written_alike(name, kind, MIXED, 3) > 0, "nothing was drafted"
+    """Packed and in eight bits by turns: each position, number of heads and window is met in both, a part of PARTS in one."""
+    kinds = KINDS[-2:]
+    assert assert_written_alike(name, kinds[list(VARIANTS).index(name) % len(kinds)], MIXED, 3) > 0, (
+        "nothing was drafted"
+    )
 
 
 def test_a_wrong_acceptance_writes_other_texts(monkeypatch: pytest.MonkeyPatch) -> None:
