@@ -37,7 +37,7 @@ def plain() -> GPT2:
 @unchecked
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_model_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a few short texts; whole and in eight bits by turns: each position and window is met in both, a part of PARTS in one."""
+    """On a few short texts; whole and in eight bits by turns: each position and window is met in both, one of PARTS in one."""
     monkeypatch.setattr(selftest_module, "PROMPT_LENGTHS", (1, 12, 5))
     kind = KINDS[list(VARIANTS).index(name) % 2]
     assert failing(for_reading(build(VARIANTS[name]).eval(), kind), 9) == []
