@@ -171,6 +171,7 @@ def ask_for_shapes_alone(variant: dict[str, Any]) -> None:
         assert step.run([GREEDY, None, DRAWN], torch.zeros(2, 3, dtype=torch.float64), 200).shape == (2, 3)
 
 
+@QUICKLY
 @each_variant
 def test_a_step_waits_for_nothing(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     if "num_experts" in variant:

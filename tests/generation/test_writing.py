@@ -45,16 +45,17 @@ def fast_decode(model: GPT2, prompt: Tensor, samples: int, steps: int, sampler: 
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked_shapes")  # four fifths of the time; other tests here are checked
 @each_variant
 @pytest.mark.parametrize("how", SAMPLERS)
 def test_with_a_cache_it_is_the_text_without(variant: dict[str, Any], how: str) -> None:
     model, sampler = build(variant).eval(), SAMPLERS[how]
-    rows = fast_decode(model, PROMPT, 3, 20, sampler, seed=5)
-    assert rows == [slow_decode(model, PROMPT, sample, 20, sampler, seed=5) for sample in range(3)]
+    rows = fast_decode(model, PROMPT, 3, 10, sampler, seed=5)
+    assert rows == [slow_decode(model, PROMPT, sample, 10, sampler, seed=5) for sample in range(3)]
     # Control: another seed and another sample are other text, unless it is greedy; other weights always are.
-    others = [slow_decode(model, PROMPT, 0, 20, sampler, seed=6), rows[1]]
+    others = [slow_decode(model, PROMPT, 0, 10, sampler, seed=6), rows[1]]
     assert all((other == rows[0]) == (how == "greedy") for other in others)
-    assert slow_decode(build(variant, seed=1), PROMPT, 0, 20, sampler, seed=5) != rows[0]
+    assert slow_decode(build(variant, seed=1), PROMPT, 0, 10, sampler, seed=5) != rows[0]
 
 
 @each({name: VARIANTS[name] for name in ("learned-mha-full", "rope-gqa-windows-3-7", "rope-mqa-window-4-full")})
