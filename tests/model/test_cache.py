@@ -98,18 +98,18 @@ class ForgetsToRollBack(WindowCache):
         pass
 
 
-class KeepsOneTooFew(WindowCache):
+class KeepsTooFew(WindowCache):
     @property
     def reach(self) -> int:
-        return super().reach - 1
+        return super().reach - 2
 
 
 class KeepsTheWrongEnd(WindowCache):
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        before, out = self.start, super().append(k, v)
+    def make_room(self, time: int) -> None:
+        before, first = self.start, self.keys.read(self.reach, torch.float32).clone()
+        super().make_room(time)
         if self.start > before:
-            self.keys.write(0, out[0][:, :, : self.reach])
-        return out
+            self.keys.write(0, first)
 
 
 class MiscountsItsStart(WindowCache):
@@ -123,7 +123,7 @@ class MixesUpValues(WindowCache):
         return super().append(k, k)
 
 
-FAULTY = [ForgetsToRollBack, KeepsOneTooFew, KeepsTheWrongEnd, MiscountsItsStart, MixesUpValues]
+FAULTY = [ForgetsToRollBack, KeepsTooFew, KeepsTheWrongEnd, MiscountsItsStart, MixesUpValues]
 
 
 @pytest.mark.parametrize("faulty", FAULTY)
