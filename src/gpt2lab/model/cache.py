@@ -96,11 +96,10 @@ class KVCache:
             ValueError: more tokens than the capacity asked for.
         """
         self.make_room(time)
-        batch_size, _, slots, _ = self.keys.shape
-        kept_in, rooms = KEPT_IN.index(self.keys.dtype), []
-        for row in range(batch_size):
-            (keys, key_scales), (values, value_scales) = self.keys.addresses(row), self.values.addresses(row)
-            rooms += [keys, values, key_scales, value_scales, kept_in, slots, self.length - self.start]
+        about = (KEPT_IN.index(self.keys.dtype), self.keys.shape[2], self.length - self.start)
+        rooms: list[int] = []
+        for (keys, key_scales), (values, value_scales) in zip(self.keys.addresses, self.values.addresses, strict=True):
+            rooms += (keys, values, key_scales, value_scales, *about)
         return rooms
 
     def make_room(self, time: int) -> None:

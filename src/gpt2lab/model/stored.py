@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from itertools import repeat
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -43,10 +46,11 @@ class Stored:
         for x in self.tensors.values():
             x[:, :, : end - begin] = x[:, :, begin:end].clone()
 
-    def addresses(self, row: int) -> tuple[int, int]:
-        """Where the numbers of a text of the batch begin, and their scales; 0: they have none."""
-        begins = {name: x.data_ptr() + row * x.stride(0) * x.element_size() for name, x in self.tensors.items()}
-        return begins["numbers"], begins.get("scales", 0)
+    @cached_property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Of each text of the batch, where its numbers begin and where their scales; 0: they have none."""
+        begins = {name: [row.data_ptr() for row in x] for name, x in self.tensors.items()}
+        return list(zip(begins["numbers"], begins.get("scales", repeat(0)), strict=False))
 
     def resized(self, slots: int, held: int) -> Stored:
         """A larger copy, with what the first `held` slots hold."""

@@ -56,7 +56,7 @@ void attend(const float* q, const Room& room, int64_t head, int64_t begin, int64
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     float most = -INFINITY, total = 0;
     for (int64_t at = begin; at < end; at += LANES) {
-        const Floats products = multiply<Whole<Kept>, 1>(keys + at * dim, end - at, q, dim);
+        const Floats products = multiply<Whole<Kept>, 1, false>(keys + at * dim, end - at, q, dim);
         for (int64_t i = 0; i < std::min(LANES, end - at); ++i) {
             scores[at + i] = products[i] * scale * (scaled ? key_scales[at + i] : 1.0f);
             most = std::max(most, scores[at + i]);

@@ -18,12 +18,13 @@ constexpr int64_t LANES = 8;
 #error "neither AVX-512 VNNI nor AVX2"
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 // Ways to multiply: what weights and numbers are, how many are taken at once, and how their products are added to LANES sums.
 
-inline Floats load(const float* x) { return *reinterpret_cast<const Floats*>(x); }
+inline Floats load(const float* x) { return *reinterpret_cast<const Anywhere*>(x); }
 
 #ifdef __AVX512VNNI__
 inline Floats load(const int8_t* x) {
@@ -79,8 +80,9 @@ Sums add_pairs(Sums a, Sums b, std::integer_sequence<int, I...>) {
 
 // LANES products of `in` numbers: of ROWS rows of x, each with the next rows of weights.
 //
-// Every product is added up in the same order, whichever of them it is, and however many ROWS there are.
-template <typename Kind, int ROWS>
+// Every product is added up in the same order, whichever of them it is, and however many ROWS there are. AHEAD: the weights
+// that come LANES rows later are asked for meanwhile, so that memory is never idle.
+template <typename Kind, int ROWS, bool AHEAD>
 typename Kind::Sums multiply(const typename Kind::Weight* w, int64_t outputs, const typename Kind::Number* x, int64_t in) {
     constexpr int64_t STEP = Kind::STEP, OUTPUTS = LANES / ROWS;
     constexpr int64_t SIDE = std::min<int64_t>(OUTPUTS, 4);  // weights that share a number
@@ -93,13 +95,16 @@ typename Kind::Sums multiply(const typename Kind::Weight* w, int64_t outputs, co
         for (int64_t i = 0; i < whole; i += STEP) {
 #pragma GCC unroll 4
             for (int64_t o = 0; o < SIDE; ++o) {
+                if (AHEAD) __builtin_prefetch(weights[o] + i + LANES * in, 0, 3);
 #pragma GCC unroll 4
                 for (int64_t row = 0; row < ROWS; ++row)
                     Kind::add(sums[row * OUTPUTS + first + o], weights[o] + i, x + row * in + i);
             }
         }
         if (rest) {
+#pragma GCC unroll 4
             for (int64_t o = 0; o < SIDE; ++o) {
+#pragma GCC unroll 4
                 for (int64_t row = 0; row < ROWS; ++row) {
                     typename Kind::Weight last_weights[STEP] = {};
                     typename Kind::Number last[STEP] = {};
@@ -110,7 +115,9 @@ typename Kind::Sums multiply(const typename Kind::Weight* w, int64_t outputs, co
         }
     }
     constexpr std::make_integer_sequence<int, LANES> lanes;
+#pragma GCC unroll 4
     for (int64_t left = LANES / 2; left; left /= 2)
+#pragma GCC unroll 8
         for (int64_t i = 0; i < left; ++i) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1], lanes);
     return sums[0];
 }
@@ -125,7 +132,8 @@ void multiply_all(const typename Kind::Weight* w, int64_t outputs, const typenam
         const int64_t count = std::min(outputs - first, LANES);
         Product<Kind> found[ROWS][LANES];
         for (int64_t o = 0; o < count; o += OUTPUTS) {
-            const auto products = multiply<Kind, ROWS>(w + (first + o) * in, count - o, x + row * in, in);
+            const auto once = row ? multiply<Kind, ROWS, false> : multiply<Kind, ROWS, true>;
+            const auto products = once(w + (first + o) * in, count - o, x + row * in, in);
             for (int64_t i = 0; i < ROWS; ++i)
                 std::copy_n(reinterpret_cast<const Product<Kind>*>(&products) + i * OUTPUTS, OUTPUTS, &found[i][o]);
         }
@@ -146,4 +154,4 @@ void multiply_all(const typename Kind::Weight* w, int64_t outputs, const typenam
     }
 }
 
-inline float product(const float* w, const float* x, int64_t in) { return multiply<Whole<float>, 1>(w, 1, x, in)[0]; }
+inline float product(const float* w, const float* x, int64_t in) { return multiply<Whole<float>, 1, false>(w, 1, x, in)[0]; }
