@@ -95,6 +95,13 @@ def test_the_first_layers_take_the_same_step() -> None:
 
 
 @torch.inference_mode()
+def test_models_in_bf16_or_four_bits_are_left_to_torch() -> None:
+    for model in (for_reading(build(SHAPE).eval().bfloat16()), for_reading(build(SHAPE).eval(), "int4")):
+        assert isinstance(model, ReadingGPT2) and model.step is None
+        assert model(tokens(1, 4), cache=model.new_cache(1, 8)).isfinite().all()
+
+
+@torch.inference_mode()
 def test_a_cache_that_is_too_small_is_refused_before_anything_is_read() -> None:
     model = prepared(SHAPE)
     cache = model.new_cache(1, 8)

@@ -40,13 +40,13 @@ def placed(model: GPT2, device: str = "auto", precision: Precision = "auto", qua
 def for_reading(model: GPT2, quantize: Quantize | None = None, pack: bool = True) -> GPT2:
     """The model for inference alone; `model` stays as it is, and what need not change is shared with it.
 
-    On a CPU, with `pack`, what it computes for a text does not depend on the texts beside it, to the bit. Elsewhere
-    nothing is packed.
+    On a CPU, with `pack`, what it computes with a cache for a text does not depend on the texts beside it, to the bit.
+    Elsewhere nothing is packed.
 
     Args:
-        quantize: eight bits a weight, or four where a single text's next token is what counts, and not its last percent of
-            perplexity. A model that was prepared before stays as it was.
-        pack: copy matrices that are not quantised into the layout that is read fastest.
+        quantize: eight bits a weight, or four where memory is what counts, and not the last percent of perplexity. A model
+            that was prepared before stays as it was.
+        pack: make what this machine reads fastest: a compiled step, or copies of matrices in oneDNN's layout.
     """
     if isinstance(model, ReadingGPT2):
         return model

@@ -1,7 +1,7 @@
 """The shortcuts of writing, held against the long way round, for a model of the user's own and on this machine.
 
-Equal to the bit is what CPUs should give for packed and int8 models. Elsewhere a sum's order may differ: logits are then nearly
-the same, and a token may be another only where two are so nearly equally likely.
+Texts in a batch, and with drafts, should be equal to the bit on a CPU. Where a sum's order may differ, logits are nearly the
+same, and a token may be another only where two are so nearly equally likely.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from gpt2lab.model.packed import PackedLinear, can_pack
 from gpt2lab.model.quantized import Int8Embedding, Int8Linear, dequantize, has_int8, quantize
 from gpt2lab.model.quantized4 import Int4Linear, dequantize4, fits_int4, quantize4
 from gpt2lab.model.slots import StaticCache
-from gpt2lab.model.step import Step
+from gpt2lab.model.step import NativeStep
 
 Quantize = Literal["int8", "int4"]
 """What weights can be quantised to."""
@@ -44,7 +44,7 @@ class ReadingGPT2(GPT2):
         step: None: the layers themselves serve.
     """
 
-    step: Step | None = None
+    step: NativeStep | None = None
 
     def hidden(
         self,
@@ -152,11 +152,12 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
     Args:
         shape: a model of that config; its own weights are not looked at.
         weights: by their names in the code, whole or as `quantize_weights` gives them.
-        pack: whether what this machine reads fastest is made: a `Step`, or matrices in oneDNN's layout.
+        pack: whether what this machine reads fastest is made: a `NativeStep`, or matrices in oneDNN's layout.
     """
     if not has_int8() and native.library() is None:
         weights = whole(weights)
-    stepping = pack and native.library() is not None and not any(w.dtype == torch.uint8 for w in weights.values())
+    fits = all(weight.dtype in (torch.float32, torch.int8) for weight in weights.values())
+    stepping = pack and fits and native.library() is not None
     pack = pack and not stepping
     with torch.device("meta"):
         model = ReadingGPT2.from_config(shape.config)
@@ -191,7 +192,7 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
     model.load_state_dict(kept | dict(model.named_buffers()), assign=True)
     model.requires_grad_(False).eval()
     if stepping:
-        model.step = Step(model)
+        model.step = NativeStep(model)
     return model
 
 

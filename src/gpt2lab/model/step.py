@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gpt2lab.model.gpt2 import GPT2
 
 
-class Step:
+class NativeStep:
     """The loops of `loops/step.cpp`, for one model in fp32 or with eight bits a weight.
 
     Args:
