@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gpt2lab.config import GPT2Config
 from gpt2lab.model import native
 from gpt2lab.model.activation import ACTIVATIONS
 from gpt2lab.model.block import Block
@@ -38,7 +37,7 @@ class NativeStep:
     """
 
     def __init__(self, model: GPT2) -> None:
-        self.layers = (native.Layer * len(model.layers))(*(_layer(block, model.config) for block in model.layers))
+        self.layers = (native.Layer * len(model.layers))(*map(_layer, model.layers))
         self.norm = _norm(model.final_norm)
         self.head = _linear(model.head if model.head is not None else model.token_embedding)
         self.head.out_features = model.vocab_size  # not the rows that pad it
@@ -106,19 +105,21 @@ def _linear(layer: nn.Module, *expert: int) -> native.Linear:
     return native.Linear.of(weight[expert], None, None, None if bias is None else bias[expert])
 
 
-def _layer(block: Block, config: GPT2Config) -> native.Layer:
+def _layer(block: Block) -> native.Layer:
     attn, mlp = block.attn, block.mlp
-    router = None
+    router, experts_per_token = None, 1
+    functions = [activation.function for activation in ACTIVATIONS.values()]
     if isinstance(mlp, MLP):
         up, down = [_linear(mlp.up_proj)], [_linear(mlp.down_proj)]
     else:
+        experts_per_token = mlp.experts_per_token
         router = ctypes.pointer(_linear(mlp.router))
         up, down = _experts(mlp.up_proj), _experts(mlp.down_proj)
     return native.Layer(
         *(_norm(block.attn_norm), _linear(attn.qkv_proj), _linear(attn.output_proj), _norm(block.mlp_norm)),
         *(router, (native.Linear * len(up))(*up), (native.Linear * len(down))(*down)),
-        *(len(up), config.experts_per_token, attn.num_heads, attn.num_kv_heads, attn.head_dim, attn.window or 0),
-        *(list(ACTIVATIONS).index(config.activation), attn.qk_norm is not None),
+        *(len(up), experts_per_token, attn.num_heads, attn.num_kv_heads, attn.head_dim, attn.window or 0),
+        *(functions.index(mlp.activation), attn.qk_norm is not None),
         attn.qk_norm.eps if isinstance(attn.qk_norm, nn.RMSNorm) else 0.0,
     )
 
