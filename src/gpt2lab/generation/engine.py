@@ -174,8 +174,8 @@ class Engine:
         places = [end - tell + i for end, tell in zip(accumulate(counts), tells, strict=True) for i in range(tell)]
         wanted = torch.tensor(places or [0], device=self.model.device)
         cache = caches[0] if len(caches) == 1 else SideBySide(caches, counts)
-        most = [part.likeliest for part in parts]
-        likeliest = None if None in most else max(filter(None, most), default=1)
+        most = [part.likeliest for part in parts if part.likeliest is not None]
+        likeliest = max(most) if len(most) == len(parts) else None
         read = torch.tensor([token_ids], device=self.model.device)
         logits = self.model(read, cache=cache, wanted=wanted, likeliest=likeliest)[0]
         split = logits[: len(places)].split(tells)

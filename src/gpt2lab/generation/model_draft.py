@@ -157,5 +157,5 @@ def first_layers(model: GPT2, num_layers: int) -> GPT2:
     for name, part in model.named_children():
         setattr(shallow, name, nn.ModuleList(model.layers[:num_layers]) if name == "blocks" else part)
     if isinstance(model, ReadingGPT2) and isinstance(shallow, ReadingGPT2):
-        shallow.step = model.step  # it reads as many layers as the caches have
+        shallow.step = model.step and model.step.first(num_layers)
     return shallow.train(model.training)

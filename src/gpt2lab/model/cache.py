@@ -198,10 +198,15 @@ class WindowCache(KVCache):
 
 
 class Cache:
-    """The caches of all layers, for a batch of texts of one length; made by ``GPT2.new_cache``."""
+    """The caches of all layers, for a batch of texts of one length; made by ``GPT2.new_cache``.
+
+    Attributes:
+        heads: of each layer, how many key heads there are and how wide.
+    """
 
     def __init__(self, layers: list[KVCache]) -> None:
         self.layers = layers
+        self.heads = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
 
     def __iter__(self) -> Iterator[KVCache]:
         return iter(self.layers)

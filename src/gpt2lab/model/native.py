@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +26,12 @@ from torch import Tensor
 from gpt2lab.paths import cache_folder
 
 SOURCES = Path(__file__).with_name("loops")
-COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-"""Not -ffast-math: it would let NaN pass, and change how the whole process rounds."""
+COMPILERS = ("g++", "c++")
+"""GCC's, whose OpenMP is torch's: with two of them, the threads of each would be in the other's way."""
+MACHINE, SHARED = ("-march=native", "-fopenmp"), ("-shared", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", *MACHINE, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", *SHARED)
+"""Not -ffast-math: it would let NaN pass, and change how the whole process rounds. Nor may products and sums be joined where
+the compiler likes: a row's bits would depend on how many there are."""
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SECONDS = 120
 """How long a compiler may take; it takes about four."""
@@ -35,7 +39,8 @@ SECONDS = 120
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loops; None where there is no compiler, or it fails, or the environment says ``GPT2LAB_NATIVE=0``."""
+    """The compiled loops; None where there is no compiler, or the environment says ``GPT2LAB_NATIVE=0``, or, with a warning,
+    where it fails."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     here = platform.system(), platform.machine()
     if compiler is None or here != ("Linux", "x86_64") or os.environ.get("GPT2LAB_NATIVE") == "0":
@@ -43,7 +48,10 @@ def library() -> ctypes.CDLL | None:
     try:
         # torch is there first: its OpenMP serves the loops too, with as many threads as torch was told to take.
         loops = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        says = getattr(error, "stderr", None) or str(error).encode()
+        cause = says.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
+        warnings.warn(f"no compiled step, so writing is slower: {compiler}: {cause[0]}", stacklevel=2)
         return None
     loops.read.argtypes = [POINTER, NUMBER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER, POINTER]
     loops.project.argtypes = [POINTER, POINTER, POINTER, POINTER, NUMBER]
@@ -54,7 +62,7 @@ def library() -> ctypes.CDLL | None:
 
 def _compiled(compiler: str) -> Path:
     """The library, made now or before: for this processor, by this compiler, from this source."""
-    words = [compiler, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    words = [*shlex.split(compiler), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     says = [*words, "-E", "-v", "-x", "c++", os.devnull]  # its version, and what "native" is
     told = subprocess.run(says, capture_output=True, check=True, timeout=SECONDS).stderr
     sources = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
@@ -89,6 +97,8 @@ class Linear(ctypes.Structure):
     @classmethod
     def of(cls, weight: Tensor, scale: Tensor | None, sums: Tensor | None, bias: Tensor | None) -> Linear:
         """``x @ weight.T + bias``."""
+        assert weight.dtype == (torch.float32 if scale is None else torch.int8)
+        assert all(x is None or x.dtype == torch.float32 for x in (scale, sums, bias))
         return cls(*map(pointer, (weight, scale, sums, bias)), weight.shape[1], weight.shape[0])
 
 

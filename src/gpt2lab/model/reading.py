@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gpt2lab.errors import ConfigError
 from gpt2lab.model import native
-from gpt2lab.model.cache import ONE_BY_ONE, Cache, SideBySide
+from gpt2lab.model.cache import KEPT_IN, ONE_BY_ONE, Cache, SideBySide
 from gpt2lab.model.gpt2 import GPT2
 from gpt2lab.model.mlp import MLP
 from gpt2lab.model.moe import GroupedLinear, MoE, Routing
@@ -37,8 +37,8 @@ ALIGNED, SHARE = 64, 16384
 class ReadingGPT2(GPT2):
     """A GPT2 that computes logits and cannot be trained, converted or saved; made by `assemble`.
 
-    With a `step`, texts of which no more than `FEW` tokens are new go through its loops, all together, and any other text by
-    itself, so that what is computed for a text does not depend on the texts beside it.
+    With a `step`, texts of which no more than `FEW` tokens are new go through its loops, all together, and any other text that
+    stands side by side with them by itself, so that what is computed for a text does not depend on the texts beside it.
 
     Attributes:
         step: None: the layers themselves serve.
@@ -60,8 +60,10 @@ class ReadingGPT2(GPT2):
             texts, counts = [cache], [token_ids.shape[1]]
         else:
             texts, counts = list(cache.caches), cache.counts
+        if any(layer.keys.dtype not in KEPT_IN for text in texts for layer in text.layers[:1]):
+            return super().hidden(token_ids, cache)
+        x, places = self.embed(token_ids, cache)
         if max(counts) <= FEW:
-            x, places = self.embed(token_ids, cache)
             places = places.expand(token_ids.shape)
             return self.step.read(x.flatten(0, 1), places.flatten(), texts, counts).view(x.shape)
         if len(texts) == 1:
@@ -81,7 +83,7 @@ class ReadingGPT2(GPT2):
     ) -> Float[Tensor, "batch time vocab"]:
         if self.step is None:
             return super().logits(x)
-        return self.step.logits(x.flatten(0, 1), likeliest).view(*x.shape[:-1], -1)
+        return self.step.logits(x.flatten(0, 1), likeliest).unflatten(0, x.shape[:-1])
 
     def train(self, mode: bool = True) -> ReadingGPT2:
         """Stay in eval mode.
@@ -101,6 +103,20 @@ class ReadingGPT2(GPT2):
             ConfigError: always.
         """
         raise self._refused("cannot save a model that was prepared for reading")
+
+    def load_state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        """As `state_dict`.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise self._refused("cannot load into a model that was prepared for reading")
+
+    def _apply(self, *args: object, **kwargs: object) -> NoReturn:
+        raise self._refused("cannot move a model that was prepared for reading, or change its type")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise self._refused("cannot copy a model that was prepared for reading")
 
     def num_parameters(self) -> int:
         """As of the model it was made from."""
@@ -189,7 +205,7 @@ def assemble(shape: GPT2, weights: Mapping[str, Tensor], *, pack: bool = True) -
     if model.head is None and (head := linear("token_embedding.weight", "")) is not None:
         model.head = head
     kept = {name: weights[name] for name, _ in model.named_parameters()}
-    model.load_state_dict(kept | dict(model.named_buffers()), assign=True)
+    GPT2.load_state_dict(model, kept | dict(model.named_buffers()), assign=True)
     model.requires_grad_(False).eval()
     if stepping:
         model.step = NativeStep(model)

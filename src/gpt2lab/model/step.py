@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,15 +35,27 @@ class NativeStep:
 
     Args:
         model: whose parts are then neither replaced nor moved.
+
+    Attributes:
+        heads: of each layer, how many key heads there are and how wide.
     """
 
     def __init__(self, model: GPT2) -> None:
         self.layers = (native.Layer * len(model.layers))(*map(_layer, model.layers))
+        self.heads = [(block.attn.num_kv_heads, block.attn.head_dim) for block in model.layers]
         self.norm = _norm(model.final_norm)
         self.head = _linear(model.head if model.head is not None else model.token_embedding)
         self.head.out_features = model.vocab_size  # not the rows that pad it
         self.rotate = model.layers[0].attn.rotate
-        self.rough = Rough(model.head_weight[: model.vocab_size]) if self.head.scale is None else None
+        self.rough: Rough | None = None
+        if self.head.scale is None and model.config.logit_softcap is None:
+            self.rough = Rough(model.head_weight[: model.vocab_size])
+
+    def first(self, num_layers: int) -> NativeStep:
+        """The same for the first layers alone."""
+        fewer = copy(self)
+        fewer.heads = self.heads[:num_layers]
+        return fewer
 
     def read(
         self,
@@ -56,9 +69,17 @@ class NativeStep:
         Args:
             positions: where the tokens stand, each in its text.
             counts: tokens of each text; of a cache with several texts, of each of those.
+
+        Raises:
+            ValueError: a cache of another model, or of another batch size, or one that is too small.
         """
         loops, x = native.library(), x.contiguous()
-        assert loops is not None
+        assert loops is not None and x.dtype == torch.float32
+        if any(text.heads != self.heads for text in texts):
+            raise ValueError("the cache is another model's: its layers or heads differ")
+        batch = sum(count * text.batch_size for text, count in zip(texts, counts, strict=True))
+        if batch != len(x):
+            raise ValueError(f"{len(x)} tokens do not go on with caches that expect {batch}: another batch size")
         rooms, each = array("q"), array("q")
         for layer in zip(*texts, strict=True):
             for cache, count in zip(layer, counts, strict=True):
@@ -68,7 +89,7 @@ class NativeStep:
         turns: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(self.rotate, RotaryEmbedding):
             turns = self.rotate.turns(positions)
-        where = (ctypes.byref(self.layers), len(texts[0].layers), pointer(x), *x.shape)
+        where = (ctypes.byref(self.layers), len(self.heads), pointer(x), *x.shape)
         kept = (rooms.buffer_info()[0], len(each), each.buffer_info()[0])
         loops.read(*where, *kept, *map(pointer, turns))
         for text, count in zip(texts, counts, strict=True):
@@ -81,10 +102,15 @@ class NativeStep:
 
         Args:
             likeliest: only so many of the largest logits of a row are asked for; others may be -inf. None: all.
+
+        Raises:
+            ValueError: `likeliest` is below 1.
         """
+        if likeliest is not None and likeliest < 1:
+            raise ValueError(f"the {likeliest} likeliest tokens were asked for")
         if likeliest is None or self.rough is None or likeliest > self.head.out_features:
             return native.project(self.norm, self.head, x)
-        rough = self.rough
+        rough = self.rough = self.rough.renewed()
         return native.project_largest(self.norm, self.head, rough.layer, rough.changed, rough.sizes, x, likeliest)
 
 
@@ -142,6 +168,7 @@ class Rough:
     """
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
+        self.of, self.version = weight, _version(weight)
         self.weight, self.scale = quantize(weight)
         self.sums = self.weight.sum(dim=-1, dtype=torch.int64).float() * self.scale
         self.layer = native.Linear.of(self.weight, self.scale, self.sums, None)
@@ -149,3 +176,12 @@ class Rough:
         eight, length = dequantize(self.weight, self.scale), weight.norm(dim=-1)
         self.changed = ((weight - eight).norm(dim=-1) + unit * length) * (1 + unit)
         self.sizes = eight.norm(dim=-1) * (1 + unit)
+
+    def renewed(self) -> Rough:
+        """This, or another where the weights were trained since: they may be shared with a model that is."""
+        return self if self.version == _version(self.of) else Rough(self.of)
+
+
+def _version(weight: Tensor) -> int:
+    """How often torch has seen it change."""
+    return 0 if weight.is_inference() else weight._version

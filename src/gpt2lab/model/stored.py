@@ -52,6 +52,10 @@ class Stored:
         begins = {name: [row.data_ptr() for row in x] for name, x in self.tensors.items()}
         return list(zip(begins["numbers"], begins.get("scales", repeat(0)), strict=False))
 
+    def __getstate__(self) -> dict[str, dict[str, Tensor]]:
+        """A copy's numbers lie elsewhere."""
+        return {"tensors": self.tensors}
+
     def resized(self, slots: int, held: int) -> Stored:
         """A larger copy, with what the first `held` slots hold."""
         larger = object.__new__(type(self))

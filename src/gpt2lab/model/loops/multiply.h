@@ -11,6 +11,7 @@
 // Two kinds of machines: those with AVX-512 and its products of bytes, and those with AVX2. Others are served by torch.
 
 #if defined __AVX512VNNI__ && defined __AVX512VL__
+#define BY_SIXTEEN
 constexpr int64_t LANES = 16;  // sums that are kept at once, of as many numbers each
 #elif defined __AVX2__ && defined __FMA__
 constexpr int64_t LANES = 8;
@@ -26,13 +27,15 @@ typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_al
 
 inline Floats load(const float* x) { return *reinterpret_cast<const Anywhere*>(x); }
 
-#ifdef __AVX512VNNI__
+#ifdef BY_SIXTEEN
 inline Floats load(const int8_t* x) {
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
 }
 inline Floats load(const uint16_t* x) {  // bf16: the upper half of a float
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16);
 }
+// Rounded once, always: whether a product and a sum become one instruction is not left to the compiler.
+inline Floats add_product(Floats sum, Floats a, Floats b) { return (Floats)_mm512_fmadd_ps(a, b, sum); }
 #else
 inline Floats load(const int8_t* x) {
     return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
@@ -40,6 +43,7 @@ inline Floats load(const int8_t* x) {
 inline Floats load(const uint16_t* x) {
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16);
 }
+inline Floats add_product(Floats sum, Floats a, Floats b) { return (Floats)_mm256_fmadd_ps(a, b, sum); }
 #endif
 
 template <typename Kept>
@@ -48,14 +52,14 @@ struct Whole {  // in fp32, however the weights are kept
     using Number = float;
     using Sums = Floats;
     static constexpr int64_t STEP = LANES;
-    static void add(Sums& sums, const Weight* w, const float* x) { sums += load(w) * load(x); }
+    static void add(Sums& sums, const Weight* w, const float* x) { sums = add_product(sums, load(w), load(x)); }
 };
 
 struct Eight {  // both in eight bits: the sums are integers, and exact in any order
     using Weight = int8_t;
     using Number = uint8_t;
     using Sums = Ints;
-#ifdef __AVX512VNNI__
+#ifdef BY_SIXTEEN
     static constexpr int64_t STEP = 64;
     static void add(Sums& sums, const int8_t* w, const uint8_t* x) {
         sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
