@@ -113,6 +113,7 @@ def test_where_there_is_no_kernel_the_same_weights_are_read_whole(
     rounded = GPT2.from_config(model.config).eval()
     rounded.load_state_dict(weights)
     monkeypatch.setattr(reading, "has_int8", lambda: False)
+    monkeypatch.setattr(reading.native, "library", lambda: None)
     quantize_model(name, tmp_path / "small", to)
     token_ids = tokens(2, 20, vocab_size=257)
     logits = open_model(str(tmp_path / "small"))[0](token_ids)
