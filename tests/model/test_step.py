@@ -274,26 +274,34 @@ def test_without_a_compiler_there_is_none_and_nothing_is_left(how: dict[str, str
     assert not list(tmp_path.glob("native/*"))
 
 
-def test_processors_with_avx2_alone_compute_the_same(tmp_path: Path) -> None:
-    """Its sums are in another order, so nearly; in eight bits they are exact."""
-    code = """
+LOGITS = """
 from gpt2lab.generation.prepare import for_reading
 from tests.model.test_variants import SHAPE, build, tokens
 with torch.inference_mode():
     for kind in (None, "int8"):
         model = for_reading(build(SHAPE | {"activation": "swiglu", "position": "rope"}).eval(), kind)
         assert model.step is not None
-        cache = model.new_cache(1, 20)
-        for chunk in tokens(1, 20).split([3, 7, 1, 9], dim=1):
+        cache = model.new_cache(1, 40)
+        for chunk in tokens(1, 40).split([3, 7, 1, 9, 20], dim=1):
             last = model(chunk, cache=cache)[0, -1]
         print(*last.tolist())
 """
+
+
+def test_processors_with_avx2_alone_compute_the_same(tmp_path: Path) -> None:
+    """Its sums are in another order, so nearly; in eight bits they are exact."""
     here, there = (
-        [Tensor(list(map(float, line.split()))) for line in elsewhere(code, **how).splitlines()]
+        [Tensor(list(map(float, line.split()))) for line in elsewhere(LOGITS, **how).splitlines()]
         for how in ({}, {"CXXFLAGS": "-march=haswell", "GPT2LAB_CACHE": str(tmp_path)})
     )
     for mine, other in zip(here, there, strict=True):
         assert_same(mine, other, within=1e-4)
+
+
+def test_processors_without_tiles_compute_the_same_bits(tmp_path: Path) -> None:
+    without = {"CXXFLAGS": "-mno-amx-int8", "GPT2LAB_CACHE": str(tmp_path)}
+    whole, eight = elsewhere(LOGITS).splitlines()
+    assert elsewhere(LOGITS, **without).splitlines() == [whole, eight] and whole != eight
 
 
 @each({name: VARIANTS[name] for name in ("learned-mha-full", "rope-gqa-windows-3-7", "rope-mqa-window-4-full")})

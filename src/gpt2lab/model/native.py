@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from gpt2lab.paths import cache_folder
 
@@ -53,10 +53,10 @@ def library() -> ctypes.CDLL | None:
         cause = says.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
         warnings.warn(f"no compiled step, so writing is slower: {compiler}: {cause[0]}", stacklevel=2)
         return None
-    loops.read.argtypes = [POINTER, NUMBER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER, POINTER]
+    loops.run_layers.argtypes = [POINTER, NUMBER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, POINTER, POINTER, POINTER]
     loops.project.argtypes = [POINTER, POINTER, POINTER, POINTER, NUMBER]
     loops.project_largest.argtypes = [*[POINTER] * 7, NUMBER, NUMBER]
-    loops.read.restype = loops.project.restype = loops.project_largest.restype = None
+    loops.run_layers.restype = loops.project.restype = loops.project_largest.restype = None
     return loops
 
 
@@ -86,6 +86,13 @@ def pointer(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
+def in_blocks(weight: Int[Tensor, "out in"]) -> Int[Tensor, "block quad output 4"]:
+    """Weights in eight bits as the loops read them (`eight.h`): of 16 outputs four inputs each, then the next four."""
+    (out_features, in_features), (outputs, inputs) = weight.shape, (16, 64)
+    padded = nn.functional.pad(weight, (0, -in_features % inputs, 0, -out_features % outputs))
+    return padded.view(-1, outputs, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
 class Linear(ctypes.Structure):
     """A linear layer: its weights, and for eight bits their scales and sums; the tensors must be kept elsewhere."""
 
@@ -95,11 +102,24 @@ class Linear(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor | None, sums: Tensor | None, bias: Tensor | None) -> Linear:
+    def of(cls, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> Linear:
         """``x @ weight.T + bias``."""
-        assert weight.dtype == (torch.float32 if scale is None else torch.int8)
+        assert weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+        return cls(pointer(weight), None, None, pointer(bias), weight.shape[1], weight.shape[0])
+
+    @classmethod
+    def of_eight(
+        cls,
+        blocks: Int[Tensor, "block quad output 4"],
+        scale: Float[Tensor, " out"],
+        sums: Float[Tensor, " out"],
+        bias: Float[Tensor, " out"] | None,
+        in_features: int,
+    ) -> Linear:
+        """The same with weights `in_blocks`, the size of their steps, and their sums over the inputs."""
+        assert blocks.dtype == torch.int8
         assert all(x is None or x.dtype == torch.float32 for x in (scale, sums, bias))
-        return cls(*map(pointer, (weight, scale, sums, bias)), weight.shape[1], weight.shape[0])
+        return cls(*map(pointer, (blocks, scale, sums, bias)), in_features, len(scale))
 
 
 class Norm(ctypes.Structure):

@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
     loses 0.3% of perplexity at 125M with them, and 20% or more with one scale for all of `x`, or without the offset.
 
     Args:
-        weight: -127 to 127; where torch's kernel multiplies, and not the loops of `native`, it is packed, and not kept.
+        weight: -127 to 127; it is packed, for the loops of `native` or for torch's kernel, and not kept.
         scale: the size of a step, for each output.
     """
 
@@ -66,8 +66,8 @@ class Int8Linear(nn.Module):
         self.bias = bias
         self.native: native.Linear | None = None
         if native.library() is not None:
-            self.weight, self.scale = weight.contiguous(), scale.contiguous()
-            self.native = native.Linear.of(self.weight, self.scale, self.row_sums, bias)
+            self.blocks, self.scale = native.in_blocks(weight), scale.contiguous()
+            self.native = native.Linear.of_eight(self.blocks, self.scale, self.row_sums, bias, self.in_features)
             return
         self.step = 1 / levels
         with warnings.catch_warnings():  # torch warns that the type will go; its packed form has no other door yet

@@ -91,7 +91,7 @@ class NativeStep:
             turns = self.rotate.turns(positions)
         where = (ctypes.byref(self.layers), len(self.heads), pointer(x), *x.shape)
         kept = (rooms.buffer_info()[0], len(each), each.buffer_info()[0])
-        loops.read(*where, *kept, *map(pointer, turns))
+        loops.run_layers(*where, *kept, *map(pointer, turns))
         for text, count in zip(texts, counts, strict=True):
             for cache in text:
                 cache.length += count
@@ -128,7 +128,7 @@ def _linear(layer: nn.Module, *expert: int) -> native.Linear:
         return native.Linear.from_buffer_copy(layer.native)
     weight, bias = layer.weight, getattr(layer, "bias", None)
     assert isinstance(weight, Tensor) and weight.dtype == torch.float32
-    return native.Linear.of(weight[expert], None, None, None if bias is None else bias[expert])
+    return native.Linear.of(weight[expert], None if bias is None else bias[expert])
 
 
 def _layer(block: Block) -> native.Layer:
@@ -169,11 +169,12 @@ class Rough:
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         self.of, self.version = weight, _version(weight)
-        self.weight, self.scale = quantize(weight)
-        self.sums = self.weight.sum(dim=-1, dtype=torch.int64).float() * self.scale
-        self.layer = native.Linear.of(self.weight, self.scale, self.sums, None)
+        steps, self.scale = quantize(weight)
+        self.sums = steps.sum(dim=-1, dtype=torch.int64).float() * self.scale
+        self.blocks = native.in_blocks(steps)
+        self.layer = native.Linear.of_eight(self.blocks, self.scale, self.sums, None, weight.shape[1])
         unit = 8 * weight.shape[1] * torch.finfo(torch.float32).eps
-        eight, length = dequantize(self.weight, self.scale), weight.norm(dim=-1)
+        eight, length = dequantize(steps, self.scale), weight.norm(dim=-1)
         self.changed = ((weight - eight).norm(dim=-1) + unit * length) * (1 + unit)
         self.sizes = eight.norm(dim=-1) * (1 + unit)
 

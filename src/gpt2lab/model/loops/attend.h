@@ -54,9 +54,14 @@ void attend(const float* q, const Room& room, int64_t head, int64_t begin, int64
     const float *key_scales = room.key_scales + head * room.slots, *value_scales = room.value_scales + head * room.slots;
     const bool scaled = room.kept_in == INT8;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    const int64_t few = LANES * dim, line = 64 / sizeof(Kept);
     float most = -INFINITY, total = 0;
     for (int64_t at = begin; at < end; at += LANES) {
-        const Floats products = multiply<Whole<Kept>, 1, false>(keys + at * dim, end - at, q, dim);
+        for (int64_t i = 0; i < few; i += line) {  // memory is not to wait until they are wanted
+            __builtin_prefetch(keys + at * dim + 2 * few + i, 0, 3);
+            __builtin_prefetch(values + at * dim + i, 0, 2);
+        }
+        const Floats products = multiply<false>(keys + at * dim, end - at, q, dim);
         for (int64_t i = 0; i < std::min(LANES, end - at); ++i) {
             scores[at + i] = products[i] * scale * (scaled ? key_scales[at + i] : 1.0f);
             most = std::max(most, scores[at + i]);
@@ -64,11 +69,26 @@ void attend(const float* q, const Room& room, int64_t head, int64_t begin, int64
     }
 #pragma omp simd reduction(+ : total)
     for (int64_t at = begin; at < end; ++at) total += scores[at] = exponential(scores[at] - most);
-    std::fill_n(out, dim, 0.0f);
-    for (int64_t at = begin; at < end; ++at) {
-        const float weight = scores[at] * (scaled ? value_scales[at] : 1.0f);
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) out[i] += weight * from(values[at * dim + i]);
+    if (scaled)
+        for (int64_t at = begin; at < end; ++at) scores[at] *= value_scales[at];
+    for (int64_t i = 0; i < dim; i += 4 * LANES) {
+        Floats sums[4] = {};
+        const int64_t wide = std::min(4 * LANES, dim - i);
+        const auto add = [&](int64_t vectors) {
+            for (int64_t at = begin; at < end; ++at) {
+                const Kept* const value = values + at * dim + i;
+                const Floats weight = Floats{} + scores[at];
+#pragma GCC unroll 4
+                for (int64_t j = 0; j < vectors; ++j) sums[j] = add_product(sums[j], weight, load(value + j * LANES));
+                if (const int64_t rest = wide - vectors * LANES)
+                    sums[vectors] = add_product(sums[vectors], weight, load_some(value + vectors * LANES, rest));
+            }
+        };
+        if (wide == 4 * LANES) {
+            add(4);  // a number that the compiler knows
+        } else {
+            add(wide / LANES);
+        }
+        for (int64_t j = 0; j < wide; ++j) out[i + j] = sums[j / LANES][j % LANES] / total;
     }
-    for (int64_t i = 0; i < dim; ++i) out[i] /= total;
 }

@@ -5,10 +5,10 @@
 #include <cstring>
 #include <vector>
 
-#include "multiply.h"
+#include "eight.h"
 
 struct Linear {          // y = x @ weight.T + bias
-    const void* weight;  // (out, in), floats; or int8 where there is a scale
+    const void* weight;  // (out, in), floats; where there is a scale, eight bits, as in eight.h
     const float* scale;  // (out): the size of a step of the weights
     const float* sums;   // (out): scale * the sum of a row of weights
     const float* bias;   // (out), or null
@@ -29,7 +29,10 @@ struct Quantised {
     std::vector<uint8_t> q;
     std::vector<float> low, step;
 
-    Quantised(int64_t rows, int64_t widest) : q(rows * widest), low(rows), step(rows) {}
+    Quantised(int64_t rows, int64_t widest)
+        : q((rows + PADDED - 1) / PADDED * PADDED * deep(widest)), low(rows), step(rows) {}
+
+    uint8_t* of(int64_t row, int64_t in) { return q.data() + row * deep(in); }
 
     void write(int64_t row, const float* x, int64_t in) {
         float least = x[0], most = x[0], all = 0;
@@ -39,7 +42,7 @@ struct Quantised {
             all += x[i] * 0.0f;  // of a row with NaN or infinity, NaN
         }
         const float span = most - least, steps = span > 0 ? LEVELS / span : 0.0f;
-        uint8_t* const to = q.data() + row * in;
+        uint8_t* const to = of(row, in);
 #pragma omp simd
         for (int64_t i = 0; i < in; ++i) to[i] = static_cast<uint8_t>(static_cast<int32_t>((x[i] - least) * steps + 0.5f));
         low[row] = least + all, step[row] = span / LEVELS;
@@ -60,12 +63,12 @@ inline void linear(const Linear& f, const float* x, float* y, int64_t rows, bool
             const float low = eight.low[row], step = eight.step[row];
             put(row, o, [&](int64_t i) { return low * f.sums[o + i] + step * f.scale[o + i] * products[i]; }, count);
         };
-        multiply_all<Eight>(static_cast<const int8_t*>(f.weight), f.out, eight.q.data(), rows, f.in, put_eight);
+        multiply_eight(static_cast<const int8_t*>(f.weight), f.out, eight.q.data(), rows, deep(f.in), put_eight);
     } else {
         const auto put_whole = [&](int64_t row, int64_t o, const float* products, int64_t count) {
             put(row, o, [&](int64_t i) { return products[i]; }, count);
         };
-        multiply_all<Whole<float>>(static_cast<const float*>(f.weight), f.out, x, rows, f.in, put_whole);
+        multiply_all(static_cast<const float*>(f.weight), f.out, x, rows, f.in, put_whole);
     }
 }
 

@@ -1,11 +1,10 @@
-// Products of rows of weights and rows of numbers, many at once.
+// Products of rows of weights and rows of numbers in fp32, many at once.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 // Two kinds of machines: those with AVX-512 and its products of bytes, and those with AVX2. Others are served by torch.
@@ -20,10 +19,10 @@ constexpr int64_t LANES = 8;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef float Anywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// Ways to multiply: what weights and numbers are, how many are taken at once, and how their products are added to LANES sums.
+constexpr int64_t ROWS = 4;             // of x, that share a weight once it is loaded
+constexpr int64_t SIDE = LANES / ROWS;  // weights that share a number then: all their sums stay in registers
 
 inline Floats load(const float* x) { return *reinterpret_cast<const Anywhere*>(x); }
 
@@ -47,77 +46,52 @@ inline Floats add_product(Floats sum, Floats a, Floats b) { return (Floats)_mm25
 #endif
 
 template <typename Kept>
-struct Whole {  // in fp32, however the weights are kept
-    using Weight = Kept;
-    using Number = float;
-    using Sums = Floats;
-    static constexpr int64_t STEP = LANES;
-    static void add(Sums& sums, const Weight* w, const float* x) { sums = add_product(sums, load(w), load(x)); }
-};
+Floats load_some(const Kept* x, int64_t count) {  // fewer than LANES, and zeros
+    Kept some[LANES] = {};
+    std::copy_n(x, count, some);
+    return load(some);
+}
 
-struct Eight {  // both in eight bits: the sums are integers, and exact in any order
-    using Weight = int8_t;
-    using Number = uint8_t;
-    using Sums = Ints;
-#ifdef BY_SIXTEEN
-    static constexpr int64_t STEP = 64;
-    static void add(Sums& sums, const int8_t* w, const uint8_t* x) {
-        sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_loadu_si512(x), _mm512_loadu_si512(w));
+// Every product is added up in the same order, whichever of them it is and with whatever others: number i into sum i % LANES,
+// one after the other, and the sums then in pairs.
+
+// LANES sums for each of `TALL` rows of x and `WIDE` of weights.
+// AHEAD: the weights that come LANES rows later are asked for meanwhile, so that memory is never idle.
+template <int64_t TALL, int64_t WIDE, bool AHEAD, typename Kept>
+inline void add_products(Floats* sums, const Kept* const* weights, const float* const* x, int64_t in) {
+    const int64_t whole = in / LANES * LANES;
+    Floats own[TALL * WIDE] = {};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        Floats numbers[TALL];
+#pragma GCC unroll 4
+        for (int64_t row = 0; row < TALL; ++row) numbers[row] = load(x[row] + i);
+#pragma GCC unroll 4
+        for (int64_t o = 0; o < WIDE; ++o) {
+            if (AHEAD) __builtin_prefetch(weights[o] + i + LANES * in, 0, TALL == 1 ? 2 : 3);
+            const Floats weight = load(weights[o] + i);
+#pragma GCC unroll 4
+            for (int64_t row = 0; row < TALL; ++row)
+                own[row * WIDE + o] = add_product(own[row * WIDE + o], weight, numbers[row]);
+        }
     }
-#else
-    static constexpr int64_t STEP = 16;
-    static void add(Sums& sums, const int8_t* w, const uint8_t* x) {  // in 16 bits: pairs of 8 would not fit
-        const auto weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-        const auto numbers = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-        sums += (Ints)_mm256_madd_epi16(weights, numbers);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < TALL * WIDE; ++i) sums[i] = own[i];
+    if (whole == in) return;
+    for (int64_t o = 0; o < WIDE; ++o) {
+        for (int64_t row = 0; row < TALL; ++row) {
+            Floats& sum = sums[row * WIDE + o];
+            sum = add_product(sum, load_some(weights[o] + whole, in - whole), load_some(x[row] + whole, in - whole));
+        }
     }
-#endif
-};
+}
 
-template <typename Kind>
-using Product = std::remove_reference_t<decltype(std::declval<typename Kind::Sums>()[0])>;
-
-template <typename Sums, int... I>
-Sums add_pairs(Sums a, Sums b, std::integer_sequence<int, I...>) {
+template <int... I>
+Floats add_pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
 }
 
-// LANES products of `in` numbers: of ROWS rows of x, each with the next rows of weights.
-//
-// Every product is added up in the same order, whichever of them it is, and however many ROWS there are. AHEAD: the weights
-// that come LANES rows later are asked for meanwhile, so that memory is never idle.
-template <typename Kind, int ROWS, bool AHEAD>
-typename Kind::Sums multiply(const typename Kind::Weight* w, int64_t outputs, const typename Kind::Number* x, int64_t in) {
-    constexpr int64_t STEP = Kind::STEP, OUTPUTS = LANES / ROWS;
-    constexpr int64_t SIDE = std::min<int64_t>(OUTPUTS, 4);  // weights that share a number
-    const int64_t whole = in / STEP * STEP, rest = in - whole;
-    typename Kind::Sums sums[LANES] = {};
-#pragma GCC unroll 4
-    for (int64_t first = 0; first < OUTPUTS; first += SIDE) {
-        const typename Kind::Weight* weights[SIDE];  // beyond the last output it is that again
-        for (int64_t o = 0; o < SIDE; ++o) weights[o] = w + std::min(first + o, outputs - 1) * in;
-        for (int64_t i = 0; i < whole; i += STEP) {
-#pragma GCC unroll 4
-            for (int64_t o = 0; o < SIDE; ++o) {
-                if (AHEAD) __builtin_prefetch(weights[o] + i + LANES * in, 0, 3);
-#pragma GCC unroll 4
-                for (int64_t row = 0; row < ROWS; ++row)
-                    Kind::add(sums[row * OUTPUTS + first + o], weights[o] + i, x + row * in + i);
-            }
-        }
-        if (rest) {
-#pragma GCC unroll 4
-            for (int64_t o = 0; o < SIDE; ++o) {
-#pragma GCC unroll 4
-                for (int64_t row = 0; row < ROWS; ++row) {
-                    typename Kind::Weight last_weights[STEP] = {};
-                    typename Kind::Number last[STEP] = {};
-                    std::copy_n(weights[o] + whole, rest, last_weights), std::copy_n(x + row * in + whole, rest, last);
-                    Kind::add(sums[row * OUTPUTS + first + o], last_weights, last);
-                }
-            }
-        }
-    }
+// What the numbers of each of LANES sums add up to.
+inline Floats totals(Floats* sums) {
     constexpr std::make_integer_sequence<int, LANES> lanes;
 #pragma GCC unroll 4
     for (int64_t left = LANES / 2; left; left /= 2)
@@ -126,36 +100,62 @@ typename Kind::Sums multiply(const typename Kind::Weight* w, int64_t outputs, co
     return sums[0];
 }
 
-// All products of the rows of x and of weights, whose outputs the threads share. `put` is given a row, an output and the
-// products of that and of those that follow it, with their number.
-template <typename Kind, typename Put>
-void multiply_all(const typename Kind::Weight* w, int64_t outputs, const typename Kind::Number* x, int64_t rows, int64_t in,
-                  Put put) {
-    const auto tile = [&]<int ROWS>(int64_t first, int64_t row) {
-        constexpr int64_t OUTPUTS = LANES / ROWS;
-        const int64_t count = std::min(outputs - first, LANES);
-        Product<Kind> found[ROWS][LANES];
-        for (int64_t o = 0; o < count; o += OUTPUTS) {
-            const auto once = row ? multiply<Kind, ROWS, false> : multiply<Kind, ROWS, true>;
-            const auto products = once(w + (first + o) * in, count - o, x + row * in, in);
-            for (int64_t i = 0; i < ROWS; ++i)
-                std::copy_n(reinterpret_cast<const Product<Kind>*>(&products) + i * OUTPUTS, OUTPUTS, &found[i][o]);
-        }
-        for (int64_t i = 0; i < ROWS; ++i) {
-            if (count == LANES) {
-                put(row + i, first, found[i], LANES);  // a number that the compiler knows
-            } else {
-                put(row + i, first, found[i], count);
-            }
-        }
-    };
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < outputs; first += LANES) {
-        int64_t row = 0;
-        for (; row + 4 <= rows; row += 4) tile.template operator()<4>(first, row);
-        for (; row + 2 <= rows; row += 2) tile.template operator()<2>(first, row);
-        for (; row < rows; ++row) tile.template operator()<1>(first, row);
+// LANES products of `in` numbers of x, each with the next row of weights; beyond the last output they are of that again.
+template <bool AHEAD, typename Kept>
+Floats multiply(const Kept* w, int64_t outputs, const float* x, int64_t in) {
+    Floats sums[LANES];
+#pragma GCC unroll 4
+    for (int64_t first = 0; first < LANES; first += 4) {
+        const Kept* weights[4];
+        for (int64_t o = 0; o < 4; ++o) weights[o] = w + std::min(first + o, outputs - 1) * in;
+        add_products<1, 4, AHEAD>(sums + first, weights, &x, in);
     }
+    return totals(sums);
 }
 
-inline float product(const float* w, const float* x, int64_t in) { return multiply<Whole<float>, 1, false>(w, 1, x, in)[0]; }
+inline float product(const float* w, const float* x, int64_t in) {
+    Floats sums[LANES] = {};
+    add_products<1, 1, false>(sums, &w, &x, in);
+    return totals(sums)[0];
+}
+
+// All products of the rows of x and of weights, whose outputs the threads share. `put` is given a row, an output and the
+// products of that and of those that follow it, with their number.
+template <typename Put>
+void multiply_all(const float* w, int64_t outputs, const float* x, int64_t rows, int64_t in, Put put) {
+    const int64_t groups = (rows + ROWS - 1) / ROWS;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < outputs; first += LANES) {
+        const float* const weights = w + first * in;
+        const int64_t left = outputs - first;
+        const auto put_all = [&](int64_t row, const float* products) {
+            if (left >= LANES) {
+                put(row, first, products, LANES);  // a number that the compiler knows
+            } else {
+                put(row, first, products, left);
+            }
+        };
+        if (rows == 1) {
+            const Floats products = multiply<true>(weights, left, x, in);
+            put_all(0, reinterpret_cast<const float*>(&products));
+            continue;
+        }
+        for (int64_t group = 0; group < groups; ++group) {
+            const float *side[SIDE], *numbers[ROWS];
+            for (int64_t i = 0; i < ROWS; ++i) numbers[i] = x + std::min(group * ROWS + i, rows - 1) * in;
+            float found[ROWS][LANES];
+            for (int64_t o = 0; o < LANES; o += SIDE) {
+                for (int64_t i = 0; i < SIDE; ++i) side[i] = weights + std::min(o + i, left - 1) * in;
+                // Each group asks for its share of what comes.
+                const auto add = o / SIDE % groups == group ? add_products<ROWS, SIDE, true, float>
+                                                            : add_products<ROWS, SIDE, false, float>;
+                Floats sums[LANES];
+                add(sums, side, numbers, in);
+                const Floats products = totals(sums);
+                for (int64_t i = 0; i < ROWS; ++i)
+                    std::copy_n(reinterpret_cast<const float*>(&products) + i * SIDE, SIDE, &found[i][o]);
+            }
+            for (int64_t i = 0; i < std::min(ROWS, rows - group * ROWS); ++i) put_all(group * ROWS + i, found[i]);
+        }
+    }
+}

@@ -57,8 +57,8 @@ extern "C" {
 
 // x (rows, embed) goes through the layers, in place. The rows of a text stand together, `counts` of each; what is read is
 // appended to its rooms, (layer, text). cos and sin (rows, dim / 2) turn queries and keys; null: nothing does.
-void read(const Layer* layers, int64_t num_layers, float* x, int64_t rows, int64_t embed, const Room* rooms, int64_t texts,
-          const int64_t* counts, const float* cos, const float* sin) {
+void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows, int64_t embed, const Room* rooms,
+                int64_t texts, const int64_t* counts, const float* cos, const float* sin) {
     int64_t widest = embed, hidden = embed, longest = 0;
     for (const Layer* layer = layers; layer < layers + num_layers; ++layer) {
         widest = std::max({widest, layer->output.in, layer->down->in, layer->num_experts});
@@ -168,7 +168,7 @@ void project_largest(const Norm* before, const Linear* f, const Linear* rough, c
             float all = 0, lost = 0;
             for (int64_t i = 0; i < in; ++i) {
                 const float number = normed[row * in + i];
-                const float left = number - (eight.low[row] + eight.step[row] * eight.q[row * in + i]);
+                const float left = number - (eight.low[row] + eight.step[row] * eight.of(row, in)[i]);
                 all += number * number, lost += left * left;
             }
             lengths[row] = std::sqrt(all), losses[row] = std::sqrt(lost);
