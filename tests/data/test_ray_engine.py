@@ -186,7 +186,7 @@ def test_a_cluster_of_its_own_ends_with_control_c(place: Place) -> None:
         known = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=60)
-    assert (process.returncode, complaints.splitlines()[-1]) == (130, "stopped")
+    assert (process.returncode, complaints.splitlines()[-1]) == (130, "stopped"), complaints
     assert len(known) > 3
     _gone(known)
     assert not (place.folder / "stopped").exists()

@@ -136,7 +136,7 @@ void multiply_tiles(const int8_t* w, const int8_t* next, const uint8_t* x, int64
 constexpr int64_t PADDED = 32;
 
 template <typename Put>
-void multiply_eight(const int8_t* w, int64_t outputs, const uint8_t* x, int64_t rows, int64_t in, Put put) {
+void multiply_eight(Team& team, const int8_t* w, int64_t outputs, const uint8_t* x, int64_t rows, int64_t in, Put put) {
     const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
     const auto put_all = [&](int64_t block, int64_t row, const int32_t* found, int64_t count) {
         const int64_t first = block * BLOCK, left = outputs - first;
@@ -151,9 +151,8 @@ void multiply_eight(const int8_t* w, int64_t outputs, const uint8_t* x, int64_t 
 #ifdef TILES
     if (rows > 2 && has_tiles()) {
         const Tiles tiles;
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block += 2) {
-            const int64_t next = std::min(block + 1, blocks - 1);
+        team.share((blocks + 1) / 2, [&](int64_t pair) {
+            const int64_t block = 2 * pair, next = std::min(block + 1, blocks - 1);
             for (int64_t row = 0; row < rows; row += 32) {
                 int32_t found[2][32 * BLOCK];
                 const auto multiply = rows - row > 16 ? (row ? multiply_tiles<true, false> : multiply_tiles<true, true>)
@@ -162,12 +161,11 @@ void multiply_eight(const int8_t* w, int64_t outputs, const uint8_t* x, int64_t 
                 put_all(block, row, found[0], 32);
                 if (next > block) put_all(next, row, found[1], 32);
             }
-        }
+        });
         return;
     }
 #endif
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
+    team.share(blocks, [&](int64_t block) {
         const int8_t* const weights = w + block * BLOCK * in;
         int32_t found[TALLEST * BLOCK];
         const auto some = [&]<int64_t TALL>(int64_t row) {
@@ -181,5 +179,5 @@ void multiply_eight(const int8_t* w, int64_t outputs, const uint8_t* x, int64_t 
         }
         for (; row + 2 <= rows; row += 2) some.template operator()<2>(row);
         for (; row < rows; ++row) some.template operator()<1>(row);
-    }
+    });
 }

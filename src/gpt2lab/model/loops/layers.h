@@ -50,25 +50,24 @@ struct Quantised {
 };
 
 // y = x @ weight.T + bias, or y += that.
-inline void linear(const Linear& f, const float* x, float* y, int64_t rows, bool add, Quantised& eight) {
+inline void linear(Team& team, const Linear& f, const float* x, float* y, int64_t rows, bool add, Quantised& eight) {
     const auto put = [&](int64_t row, int64_t o, const auto& value, int64_t count) {
         float* const to = y + row * f.out + o;
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) to[i] = (add ? to[i] : 0.0f) + (f.bias ? f.bias[o + i] : 0.0f) + value(i);
     };
     if (f.scale) {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) eight.write(row, x + row * f.in, f.in);
+        team.share(rows, [&](int64_t row) { eight.write(row, x + row * f.in, f.in); });
         const auto put_eight = [&](int64_t row, int64_t o, const int32_t* products, int64_t count) {
             const float low = eight.low[row], step = eight.step[row];
             put(row, o, [&](int64_t i) { return low * f.sums[o + i] + step * f.scale[o + i] * products[i]; }, count);
         };
-        multiply_eight(static_cast<const int8_t*>(f.weight), f.out, eight.q.data(), rows, deep(f.in), put_eight);
+        multiply_eight(team, static_cast<const int8_t*>(f.weight), f.out, eight.q.data(), rows, deep(f.in), put_eight);
     } else {
         const auto put_whole = [&](int64_t row, int64_t o, const float* products, int64_t count) {
             put(row, o, [&](int64_t i) { return products[i]; }, count);
         };
-        multiply_all(static_cast<const float*>(f.weight), f.out, x, rows, f.in, put_whole);
+        multiply_all(team, static_cast<const float*>(f.weight), f.out, x, rows, f.in, put_whole);
     }
 }
 
@@ -88,9 +87,8 @@ inline void norm(const Norm& f, const float* x, float* y, int64_t width) {
     }
 }
 
-inline void norm_rows(const Norm& f, const float* x, float* y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) norm(f, x + row * width, y + row * width, width);
+inline void norm_rows(Team& team, const Norm& f, const float* x, float* y, int64_t rows, int64_t width) {
+    team.share(rows, [&](int64_t row) { norm(f, x + row * width, y + row * width, width); });
 }
 
 // Pairs (i, i + dim/2) turned by a row's angles, as in model/rope.py.

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "team.h"
+
 // Two kinds of machines: those with AVX-512 and its products of bytes, and those with AVX2. Others are served by torch.
 
 #if defined __AVX512VNNI__ && defined __AVX512VL__
@@ -122,12 +124,11 @@ inline float product(const float* w, const float* x, int64_t in) {
 // All products of the rows of x and of weights, whose outputs the threads share. `put` is given a row, an output and the
 // products of that and of those that follow it, with their number.
 template <typename Put>
-void multiply_all(const float* w, int64_t outputs, const float* x, int64_t rows, int64_t in, Put put) {
+void multiply_all(Team& team, const float* w, int64_t outputs, const float* x, int64_t rows, int64_t in, Put put) {
     const int64_t groups = (rows + ROWS - 1) / ROWS;
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < outputs; first += LANES) {
+    team.share((outputs + LANES - 1) / LANES, [&](int64_t each) {
+        const int64_t first = each * LANES, left = outputs - first;
         const float* const weights = w + first * in;
-        const int64_t left = outputs - first;
         const auto put_all = [&](int64_t row, const float* products) {
             if (left >= LANES) {
                 put(row, first, products, LANES);  // a number that the compiler knows
@@ -138,7 +139,7 @@ void multiply_all(const float* w, int64_t outputs, const float* x, int64_t rows,
         if (rows == 1) {
             const Floats products = multiply<true>(weights, left, x, in);
             put_all(0, reinterpret_cast<const float*>(&products));
-            continue;
+            return;
         }
         for (int64_t group = 0; group < groups; ++group) {
             const float *side[SIDE], *numbers[ROWS];
@@ -157,5 +158,5 @@ void multiply_all(const float* w, int64_t outputs, const float* x, int64_t rows,
             }
             for (int64_t i = 0; i < std::min(ROWS, rows - group * ROWS); ++i) put_all(group * ROWS + i, found[i]);
         }
-    }
+    });
 }

@@ -1,8 +1,8 @@
 // A few tokens through all blocks of a GPT-2 on a CPU, and to logits: what Python calls.
 //
-// Plain loops, which the compiler turns into the machine's own instructions. One call is one parallel region, in which all
-// threads run through the same steps and share the work of each loop marked `omp for`. What is computed for a row, down to the
-// order of every sum, depends on that row and its text alone, not on the rows beside it.
+// Plain loops, which the compiler turns into the machine's own instructions. In one call all threads of a team run through the
+// same steps, and share the work of each. What is computed for a row, down to the order of every sum, depends on that row and
+// its text alone, not on the rows beside it.
 
 #include <functional>
 #include <numeric>
@@ -27,14 +27,13 @@ namespace {
 
 constexpr int64_t PIECE = 256;  // numbers of a row that a thread takes at once
 
-void activate_rows(const Layer& layer, int64_t expert, const float* x, float* y, int64_t rows) {
+void activate_rows(Team& team, const Layer& layer, int64_t expert, const float* x, float* y, int64_t rows) {
     const int64_t width = layer.down[expert].in, pieces = (width + PIECE - 1) / PIECE;
-#pragma omp for schedule(static)
-    for (int64_t each = 0; each < rows * pieces; ++each) {
+    team.share(rows * pieces, [&](int64_t each) {
         const int64_t row = each / pieces, at = each % pieces * PIECE;
         const float* const from = x + row * layer.up[expert].out + at;
         activate(layer.activation, from, y + row * width + at, std::min(PIECE, width - at), width);
-    }
+    });
 }
 
 // The experts of one token and what each counts: the largest of its logits, and their softmax.
@@ -73,6 +72,7 @@ void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows,
     Quantised eight(rows, widest);
     std::vector<float> normed(rows * embed), narrow(rows * widest), wide(rows * hidden);
     float *const a = narrow.data(), *const b = wide.data();
+    Team team;
 #pragma omp parallel
     {
         std::vector<float> scores(longest);
@@ -80,10 +80,9 @@ void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows,
             const int64_t heads = layer->heads, kv_heads = layer->kv_heads, dim = layer->dim;
             const Room* const its = rooms + (layer - layers) * texts;
             const Norm unit = {nullptr, nullptr, 0, layer->qk_eps};
-            norm_rows(layer->attn_norm, x, normed.data(), rows, embed);
-            linear(layer->qkv, normed.data(), b, rows, false, eight);
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; ++row) {
+            norm_rows(team, layer->attn_norm, x, normed.data(), rows, embed);
+            linear(team, layer->qkv, normed.data(), b, rows, false, eight);
+            team.share(rows, [&](int64_t row) {
                 float* const q = b + row * layer->qkv.out;
                 const Room& room = its[text_of[row]];
                 for (int64_t head = 0; head < heads + kv_heads; ++head) {
@@ -96,9 +95,8 @@ void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows,
                     keep(q + (heads + head) * dim, room.keys, room.key_scales, room.kept_in, slot, dim);
                     keep(q + (heads + kv_heads + head) * dim, room.values, room.value_scales, room.kept_in, slot, dim);
                 }
-            }
-#pragma omp for schedule(static)
-            for (int64_t each = 0; each < rows * heads; ++each) {
+            });
+            team.share(rows * heads, [&](int64_t each) {
                 const int64_t row = each / heads, head = each % heads;
                 const Room& room = its[text_of[row]];
                 const int64_t end = room.held + place[row] + 1;
@@ -108,28 +106,27 @@ void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows,
                                                          : attend<uint16_t>;
                 way(b + row * layer->qkv.out + head * dim, room, head / (heads / kv_heads), begin, end, dim, scores.data(),
                     a + each * dim);
-            }
-            linear(layer->output, a, x, rows, true, eight);
-            norm_rows(layer->mlp_norm, x, normed.data(), rows, embed);
+            });
+            linear(team, layer->output, a, x, rows, true, eight);
+            norm_rows(team, layer->mlp_norm, x, normed.data(), rows, embed);
             if (!layer->router) {
-                linear(*layer->up, normed.data(), b, rows, false, eight);
-                activate_rows(*layer, 0, b, a, rows);
-                linear(*layer->down, a, x, rows, true, eight);
+                linear(team, *layer->up, normed.data(), b, rows, false, eight);
+                activate_rows(team, *layer, 0, b, a, rows);
+                linear(team, *layer->down, a, x, rows, true, eight);
                 continue;
             }
-            linear(*layer->router, normed.data(), a, rows, false, eight);
+            linear(team, *layer->router, normed.data(), a, rows, false, eight);
             std::vector<Choice> choices;  // every thread makes them for itself
             for (int64_t row = 0; row < rows; ++row)
                 choices.emplace_back(a + row * layer->num_experts, layer->num_experts, layer->experts_per_token);
-#pragma omp barrier
+            team.meet();
             for (int64_t row = 0; row < rows; ++row) {
                 for (int64_t i = 0; i < layer->experts_per_token; ++i) {
                     const int64_t expert = choices[row].experts[i];
-                    linear(layer->up[expert], &normed[row * embed], b, 1, false, eight);
-                    activate_rows(*layer, expert, b, a, 1);
-                    linear(layer->down[expert], a, b, 1, false, eight);
-#pragma omp for schedule(static)
-                    for (int64_t j = 0; j < embed; ++j) x[row * embed + j] += choices[row].weights[i] * b[j];
+                    linear(team, layer->up[expert], &normed[row * embed], b, 1, false, eight);
+                    activate_rows(team, *layer, expert, b, a, 1);
+                    linear(team, layer->down[expert], a, b, 1, false, eight);
+                    team.share(embed, [&](int64_t j) { x[row * embed + j] += choices[row].weights[i] * b[j]; });
                 }
             }
         }
@@ -140,10 +137,11 @@ void run_layers(const Layer* layers, int64_t num_layers, float* x, int64_t rows,
 void project(const Norm* before, const Linear* f, const float* x, float* y, int64_t rows) {
     Quantised eight(f->scale ? rows : 0, f->in);
     std::vector<float> normed(before ? rows * f->in : 0);
+    Team team;
 #pragma omp parallel
     {
-        if (before) norm_rows(*before, x, normed.data(), rows, f->in);
-        linear(*f, before ? normed.data() : x, y, rows, false, eight);
+        if (before) norm_rows(team, *before, x, normed.data(), rows, f->in);
+        linear(team, *f, before ? normed.data() : x, y, rows, false, eight);
     }
 }
 
@@ -158,13 +156,13 @@ void project_largest(const Norm* before, const Linear* f, const Linear* rough, c
     const int64_t in = f->in, out = f->out;
     std::vector<float> normed(rows * in), lengths(rows), losses(rows), least(rows);
     Quantised eight(rows, in);
+    Team team;
 #pragma omp parallel
     {
-        norm_rows(*before, x, normed.data(), rows, in);
-        linear(*rough, normed.data(), y, rows, false, eight);
+        norm_rows(team, *before, x, normed.data(), rows, in);
+        linear(team, *rough, normed.data(), y, rows, false, eight);
         const auto off = [&](int64_t row, int64_t o) { return changed[o] * lengths[row] + sizes[o] * losses[row]; };
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row) {
+        team.share(rows, [&](int64_t row) {
             float all = 0, lost = 0;
             for (int64_t i = 0; i < in; ++i) {
                 const float number = normed[row * in + i];
@@ -182,16 +180,15 @@ void project_largest(const Norm* before, const Linear* f, const Linear* rough, c
                 }
             }
             least[row] = largest.top();
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-#pragma omp for schedule(static) nowait
-            for (int64_t o = 0; o < out; ++o) {
+        });
+        team.share(out, [&](int64_t o) {
+            for (int64_t row = 0; row < rows; ++row) {
                 float& to = y[row * out + o];
                 // Where anything is NaN, it is computed.
                 const bool surely_less = to + off(row, o) < least[row];
                 to = surely_less ? -INFINITY : product(static_cast<const float*>(f->weight) + o * in, &normed[row * in], in);
             }
-        }
+        });
     }
 }
 }
