@@ -34,7 +34,7 @@ FLAGS = ("-std=c++20", "-O3", *MACHINE, "-fno-math-errno", "-fno-trapping-math",
 the compiler likes: a row's bits would depend on how many there are."""
 POINTER, NUMBER, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SECONDS = 120
-"""How long a compiler may take; it takes about four."""
+"""How long a compiler may take; it takes about five."""
 
 
 @cache

@@ -169,12 +169,11 @@ class Rough:
 
     def __init__(self, weight: Float[Tensor, "out in"]) -> None:
         self.of, self.version = weight, _version(weight)
-        steps, self.scale = quantize(weight)
-        self.sums = steps.sum(dim=-1, dtype=torch.int64).float() * self.scale
-        self.blocks = native.in_blocks(steps)
-        self.layer = native.Linear.of_eight(self.blocks, self.scale, self.sums, None, weight.shape[1])
+        steps, scale = quantize(weight)
+        self.eight = Int8Linear(steps, scale)
+        self.layer = _linear(self.eight)
         unit = 8 * weight.shape[1] * torch.finfo(torch.float32).eps
-        eight, length = dequantize(steps, self.scale), weight.norm(dim=-1)
+        eight, length = dequantize(steps, scale), weight.norm(dim=-1)
         self.changed = ((weight - eight).norm(dim=-1) + unit * length) * (1 + unit)
         self.sizes = eight.norm(dim=-1) * (1 + unit)
 
